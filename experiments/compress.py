@@ -63,7 +63,7 @@ def compressor(how: str) -> Compress:
         return lambda x: (prune(x, share).astype(np.float16), Kind.F16)
     kind = Kind.__members__.get(how.upper())
     if kind is None:
-        msg = f"{how!r} is unknown; wanted a type of ggml such as q4_0, rtnBITS-BLOCK such as rtn3-32, or pruned50"
+        msg = f"{how!r} is unknown; expected a type of ggml such as q4_0, rtnBITS-BLOCK such as rtn3-32, or pruned50"
         raise ValueError(msg)
     return lambda x: (gguf.quants.quantize(x, kind), kind)
 

@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     known, test = ([as_completion(one) for one in read_examples(path)] for path in (arguments.train, arguments.test))
     if max(arguments.counts) + arguments.prompts > len(known):
-        msg = f"{arguments.train}: has {len(known)} examples, wanted {max(arguments.counts)} and as many as --prompts"
+        msg = f"{arguments.train}: has {len(known)} examples, expected {max(arguments.counts)} and as many as --prompts"
         raise jcl.UsageError(msg)
     model, tokenizer, part = load_model(target, fast_dtype()), load_tokenizer(target), test[: arguments.limit]
     for seed in arguments.seeds:

@@ -89,13 +89,13 @@ def check(arguments: argparse.Namespace) -> None:
     """
     refs, rows = {ref for pair in arguments.pair for ref in pair}, rows_of(arguments)
     rules = {
-        "--pair SOURCE TARGET is wanted": arguments.pair,
-        "--task or --written TRAIN TEST is wanted": arguments.task or arguments.written,
+        "--pair SOURCE TARGET is expected": arguments.pair,
+        "--task or --written TRAIN TEST is expected": arguments.task or arguments.written,
         "two bases have the same last part of their path: rename one": len({Base.of(ref).name for ref in refs})
         == len(refs),
-        "--text FILE and --texted METHOD are wanted together": (arguments.text is not None) == bool(arguments.texted),
+        "--text FILE and --texted METHOD are expected together": (arguments.text is not None) == bool(arguments.texted),
         "a method is given twice": len({slug(row.name) for row in rows}) == len(rows),
-        "--prompts N and --prompted METHOD are wanted together": (arguments.prompts > 0) == bool(arguments.prompted),
+        "--prompts N and --prompted METHOD are expected together": (arguments.prompts > 0) == bool(arguments.prompted),
         "--lineage-written and --lineage-dense want --lineage OTHER_TRAIN": arguments.lineage is not None
         or not (arguments.lineage_written or arguments.lineage_dense),
         "--lineage wants the train file of another task than those that are measured": arguments.lineage is None

@@ -64,7 +64,9 @@ class Task:
         """
         rest = self.train[self.first : self.first + count]
         if len(rest) < count:
-            msg = f"{self.name}: has {len(rest)} train questions behind the first {self.first}, {count} prompts wanted"
+            msg = (
+                f"{self.name}: has {len(rest)} train questions behind the first {self.first}, {count} prompts expected"
+            )
             raise jcl.UsageError(msg)
         return [question.prompt for question in rest]
 
@@ -149,7 +151,7 @@ def _value(key: str, value: str, place: str) -> Any:
     own = ("adapter", "source", "target", "out", "method", "seed", "prompts", "overwrite")
     types = {name: kind for name, kind in setting_types().items() if name not in own}
     if key not in types or not value:
-        raise jcl.UsageError(f"{place}: wanted KEY=VALUE behind the colon, with keys of {', '.join(sorted(types))}")
+        raise jcl.UsageError(f"{place}: expected KEY=VALUE behind the colon, with keys of {', '.join(sorted(types))}")
     try:
         found = json.loads(value)
     except ValueError:

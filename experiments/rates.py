@@ -63,7 +63,7 @@ def split(arguments: argparse.Namespace) -> tuple[list[Example], list[Example]]:
             raise jcl.UsageError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1")
     examples = read_examples(arguments.data)
     if len(examples) <= arguments.held_back:
-        msg = f"{arguments.data} has {len(examples)} examples: wanted more than the {arguments.held_back} held back"
+        msg = f"{arguments.data} has {len(examples)} examples: expected more than the {arguments.held_back} held back"
         raise jcl.UsageError(msg)
     return examples[: -arguments.held_back][: arguments.limit], examples[-arguments.held_back :]
 

@@ -155,7 +155,7 @@ def test_a_lora_of_mlx_on_a_tied_embedding_also_acts_on_the_head(tmp_path, profi
         ({"lora_parameters": {"rank": 3, "scale": 1.0}}, None, "has rank 2"),
         ({}, {f"{Q}.lora_a": matrix(6, 2)}, "lora_A without its lora_B"),
         ({}, {f"{Q}.weight": matrix(5, 6)}, "is not a lora_a, lora_b or m"),
-        ({}, {f"{Q}.lora_a": matrix(6, 2), f"{Q}.lora_b": matrix(4, 5, 2)}, "a matrix was wanted"),
+        ({}, {f"{Q}.lora_a": matrix(6, 2), f"{Q}.lora_b": matrix(4, 5, 2)}, "expected a matrix"),
         ({"fine_tune_type": "dora"}, None, "no lora_magnitude_vector"),
         ({}, {}, "empty"),
     ],
@@ -236,7 +236,7 @@ def test_parts_of_a_gguf_adapter_that_do_not_move_are_listed(tmp_path):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"general.type": "model"}, "is a GGUF of type 'model', an adapter was wanted"),
+        ({"general.type": "model"}, "is a GGUF of type 'model', expected an adapter"),
         ({"adapter.type": "dora"}, "adapter.type is 'dora'"),
         ({"arch": "mamba"}, "architecture 'mamba' is not supported"),
         ({"arch": "qwen2"}, "is of family llama: give the base it was trained on"),
@@ -245,7 +245,7 @@ def test_parts_of_a_gguf_adapter_that_do_not_move_are_listed(tmp_path):
         ({"tensors": {"blk.x.attn_v.weight.lora_a": A_Q}}, "is not one of a LoRA"),
         ({"tensors": {"blk.0.unknown.weight.lora_a": A_Q}}, "is not one of a LoRA"),
         ({"tensors": {"blk.0.attn_v.weight.lora_a": A_Q}}, "lora_A without its lora_B"),
-        ({"tensors": V_ALONE | {"blk.1.attn_v.weight.lora_b": matrix(24, 3)}}, "of one rank were wanted"),
+        ({"tensors": V_ALONE | {"blk.1.attn_v.weight.lora_b": matrix(24, 3)}}, "of one rank"),
         ({"tensors": PAIRS | {"blk.0.attn_q.weight.lora_b": matrix(12, 2)}}, "do not split into 4 heads"),
         ({"tensors": V_ALONE | {"blk.1.attn_v.weight.lora_b": np.full((24, 2), np.nan, np.float32)}}, "NaN"),
         ({"tensors": {}}, "empty"),
@@ -307,7 +307,7 @@ def test_check_and_inspect_know_the_formats(llama, tmp_path, capsys):
     for bad in ({"tensors": {}, "adapter.type": "x"}, {"tensors": {"blk.0.attn_v.weight": A_Q}}):
         other = write_adapter(tmp_path / "bad.gguf", **bad)
         assert not any(each.reads for each in check_engines(other))
-        with pytest.raises(CheckpointError, match="where a base model was wanted"):
+        with pytest.raises(CheckpointError, match="where a base model was expected"):
             jcl.open_base(other)
     rank = write_mlx(tmp_path / "rank", rank=3)
     assert not any(each.reads for each in check_engines(rank))

@@ -141,8 +141,8 @@ def test_ignored_settings_are_listed(tmp_path):
         ({"init_lora_weights": "corda"}, "CorDA"),
         ({"init_lora_weights": "loftq"}, "LoftQ"),
         ({"init_lora_weights": "novel"}, "novel"),
-        ({"alora_invocation_tokens": [1, "x"]}, "a list of token ids was wanted"),
-        ({"alora_invocation_tokens": []}, "a list of token ids was wanted"),
+        ({"alora_invocation_tokens": [1, "x"]}, "expected a list of token ids"),
+        ({"alora_invocation_tokens": []}, "expected a list of token ids"),
         ({"alora_invocation_tokens": [1], "init_lora_weights": "pissa"}, "PiSSA and aLoRA in one adapter"),
         ({"use_qalora": True}, "QALoRA"),
         ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA"),
@@ -317,11 +317,11 @@ def test_a_local_adapter_of_another_revision_is_refused(tmp_path, capsys):
     cached = write_folder(tmp_path / "models--org--name" / "snapshots" / "abc123")
     assert load_adapter(cached, revision="abc123").modules
     for folder, known in ((plain, "no revision is known"), (cached, "of revision abc123")):
-        with pytest.raises(AdapterError, match=f"{known}.*; revision 'v2' was wanted"):
+        with pytest.raises(AdapterError, match=f"{known}.*; expected revision 'v2'"):
             load_adapter(folder, revision="v2")
     with pytest.raises(SystemExit):
         main(["inspect", str(plain), "--revision", "v2"])
-    assert "revision 'v2' was wanted" in capsys.readouterr().err
+    assert "expected revision 'v2'" in capsys.readouterr().err
 
 
 def test_a_symbolic_link_is_followed_on_reading(tmp_path):

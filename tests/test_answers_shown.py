@@ -195,7 +195,7 @@ def test_a_trained_adapter_gives_the_shares_of_its_gain(files, capsys):
         ("plain.jsonl", ("--show", "-1"), "show -1"),
         ("plain.jsonl", ("--max-new-tokens", "0"), "max-new-tokens 0"),
         ("bad.jsonl", (), "bad.jsonl:2: "),
-        ("other.jsonl", (), 'wanted {"messages"'),
+        ("other.jsonl", (), 'expected {"messages"'),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(files, task, flags, reason, capsys, monkeypatch):

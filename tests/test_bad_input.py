@@ -411,7 +411,7 @@ def test_an_unknown_method_is_refused_before_anything_is_read_or_fetched(place, 
 @pytest.mark.parametrize("seed", [-1, 1 << 32, 1 << 70])
 def test_a_seed_that_would_be_cut_is_refused(place, capsys, seed):
     given = transfer(place, "--method", "random", "--seed", seed)
-    fails(given, capsys, f"seed {seed} was asked for, wanted 0 to 4294967295")
+    fails(given, capsys, f"seed {seed} was asked for, expected 0 to 4294967295")
 
 
 def test_the_demo_without_a_network(tmp_path, capsys, monkeypatch):
@@ -507,7 +507,7 @@ def factors(**changes):
         (lambda _: METHODS.InterpolatedCopy(interpolation="x"), "interpolation is 'x'; expected float"),
         (lambda _: METHODS.Theseus(whitening=1), "whitening 1 is out of range"),
         (lambda _: METHODS.Distill(budget=-1), "budget is -1; expected text"),
-        (lambda _: METHODS.Distill(completions=-1), "distill with completions -1 was asked for, wanted 16 or more"),
+        (lambda _: METHODS.Distill(completions=-1), "distill with completions -1 was asked for, expected 16 or more"),
         (lambda _: METHODS.Distill(roles=("nope",)), "distill with roles"),
         (lambda _: jcl.TrainingSettings(steps="x"), "steps is 'x'; expected int"),
         (lambda _: jcl.TrainingSettings(modules=(1, 2)), r"modules is \(1, 2\); expected a list of text"),

@@ -293,7 +293,7 @@ def test_limit_is_read_from_the_environment(monkeypatch, stated, size):
 @pytest.mark.parametrize("stated", ["much", "1" + 400 * "0", "-1"])
 def test_invalid_limit_in_the_environment_is_an_error(monkeypatch, stated):
     monkeypatch.setenv("JCROSSLORA_CACHE_SIZE", stated)
-    with pytest.raises(jcl.UsageError, match=rf"'{stated}', wanted a number of bytes"):
+    with pytest.raises(jcl.UsageError, match=rf"'{stated}', expected a number of bytes"):
         jcl.open_cache()
 
 

@@ -184,7 +184,7 @@ def test_local_files_have_no_revision_but_their_own(tmp_path: Path):
     cached = write_llama(tmp_path / "models--org--name" / "snapshots" / "abc123")
     assert open_base(cached, revision="abc123").revision == "abc123"
     for folder, known in ((plain, "no revision is known"), (cached, "of revision abc123")):
-        with pytest.raises(CheckpointError, match=f"{known}.*; revision 'v2' was wanted"):
+        with pytest.raises(CheckpointError, match=f"{known}.*; expected revision 'v2'"):
             open_base(folder, revision="v2")
 
 
@@ -229,7 +229,7 @@ NORM = "model.norm.weight"
 BAD_FOLDERS = {
     "no config": (lambda f: drop(f, "config.json"), "no config.json"),
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "JSON object was wanted"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "JSON object was expected"),
     "config is not UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff\xff"), "not valid JSON"),
     "an adapter": (lambda f: (drop(f, "config.json"), (f / "adapter_config.json").write_text("{}")), "is an adapter"),
     "missing shard": (lambda f: drop(f, SECOND), "cannot be read"),
@@ -253,7 +253,7 @@ BAD_FOLDERS = {
     "more layers": (lambda f: write_config(f, num_hidden_layers=3), "config says 3 layers, the weights hold 2"),
     "fewer layers": (lambda f: write_config(f, num_hidden_layers=1), "config says 1 layers, the weights hold 2"),
     "2^30 layers": (lambda f: write_config(f, num_hidden_layers=1 << 30), "the weights hold 2"),
-    "2^60 layers": (lambda f: write_config(f, num_hidden_layers=1 << 60), "wanted a positive integer"),
+    "2^60 layers": (lambda f: write_config(f, num_hidden_layers=1 << 60), "expected a positive integer"),
     "size is text": (lambda f: write_config(f, hidden_size="16"), "'hidden_size' is '16'"),
     "size is missing": (lambda f: write_config(f, vocab_size=...), "'vocab_size' is None"),
     "no heads": (lambda f: write_config(f, num_attention_heads=0), "'num_attention_heads' is 0"),
@@ -289,7 +289,7 @@ def test_integer_weights_are_refused(tmp_path: Path):
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = ("I8", np.zeros((24, 16), np.int8))
     write_safetensors(folder / "model.safetensors", tensors)
-    with pytest.raises(CheckpointError, match="has dtype I8, wanted a float dtype"):
+    with pytest.raises(CheckpointError, match="has dtype I8, expected a float dtype"):
         open_base(folder)
 
 

@@ -81,7 +81,7 @@ def test_ids_beyond_the_embedding_are_skipped(tmp_path: Path):
     ("tokenizer", "reason"),
     [
         ("{", "not valid JSON"),
-        ("[]", "JSON object was wanted"),
+        ("[]", "JSON object was expected"),
         ({}, "form of a tokenizer"),
         ({"model": {"type": "BPE"}}, "neither byte-level nor sentencepiece"),
         ({"model": {"type": "WordPiece", "byte_fallback": True, "vocab": {}}}, "'WordPiece'"),

@@ -155,7 +155,7 @@ def test_updates_of_experts_are_refused_by_name(llama):
     ("how", "weights", "message"),
     [
         ("select", None, "select with 3 adapters and no weights"),
-        ("mixture", [1, 1], r"weights have shape \[2\]: wanted \[3\], one for each adapter, or \[1, 3\]"),
+        ("mixture", [1, 1], r"weights have shape \[2\]: expected \[3\], one for each adapter, or \[1, 3\]"),
         ("mixture", [0, np.nan, 1], "a weight is nan"),
         ("mixture", "abc", "weights are 'abc'"),
     ],

@@ -93,7 +93,7 @@ def test_lists_of_another_length_are_refused(tmp_path):
     model = random_model(form.family, form.settings)
     metadata = metadata_of(model, form) | {"xielu.alpha_p": [0.5]}
     path = write_gguf(tmp_path / "model.gguf", form.arch, metadata, stored_tensors(model, form))
-    with pytest.raises(CheckpointError, match=r"xielu.alpha_p is \[0.5\], wanted a number for each of 2 layers"):
+    with pytest.raises(CheckpointError, match=r"xielu.alpha_p is \[0.5\], expected a number for each of 2 layers"):
         jcl.open_base(path)
 
 
@@ -121,12 +121,12 @@ def _rewritten(path, name, drop=(), extra=None, **changed):
         ("deepseek_v3", ["expert_gating_func"], "it has expert_weights_norm: it is neither a DeepSeek V2 nor a V3"),
         ("deepseek_v2", ["expert_group_count"], "expert_group_count is missing, as in older files"),
         ("mistral4", ["rope.scaling.type"], "temperature_scale is missing, or rope.scaling.yarn_log_multiplier"),
-        ("nemotron_h", ["attention.head_count_kv"], "head_count_kv is None, wanted a list with an entry for each"),
-        ("nemotron_h", ["attention.layer_norm_epsilon"], r"layer_norm_epsilon are \[None, None\], wanted one number"),
-        ("nemotron_h", ["feed_forward_length"], "feed_forward_length is None, wanted a list with an entry for each"),
+        ("nemotron_h", ["attention.head_count_kv"], "head_count_kv is None, expected a list with an entry for each"),
+        ("nemotron_h", ["attention.layer_norm_epsilon"], r"layer_norm_epsilon are \[None, None\], expected one number"),
+        ("nemotron_h", ["feed_forward_length"], "feed_forward_length is None, expected a list with an entry for each"),
         ("granite-dense", ["attention.scale"], "such as Bamba, are not supported"),
-        ("lfm2", ["attention.head_count_kv"], "head_count_kv is None, wanted a list with the heads of each layer"),
-        ("qwen3_5", ["ssm.inner_size"], "config key 'ssm.inner_size' is None, wanted a positive integer"),
+        ("lfm2", ["attention.head_count_kv"], "head_count_kv is None, expected a list with the heads of each layer"),
+        ("qwen3_5", ["ssm.inner_size"], "config key 'ssm.inner_size' is None, expected a positive integer"),
     ],
 )
 def test_metadata_that_other_models_have_are_refused(tmp_path, name, drop, message):
@@ -145,15 +145,19 @@ def test_metadata_that_other_models_have_are_refused(tmp_path, name, drop, messa
         (
             "mistral4-growing",
             {"attention__temperature_length": 7},
-            "temperature_length is 7, wanted the original",
+            "temperature_length is 7, expected the original",
         ),
-        ("mistral4", {"rope__scaling__yarn_log_multiplier": 0.07}, "yarn_log_multiplier is 0.07, wanted 0.1: use the"),
-        ("nemotron_h", {"attention__layer_norm_rms_epsilon": 1e-5}, "layer_norm_epsilon are .*, wanted one number"),
-        ("llama4", {"attention__sliding_window": 0}, "llama4.attention.sliding_window is 0, wanted 8192 or nothing"),
-        ("llama4", {"attention__sliding_window_pattern": 2}, "sliding_window_pattern is 2, wanted 4 or nothing"),
-        ("llama4", {"rope__freq_base_swa": 100.0}, "freq_base_swa is 100.0, wanted 500000.0 or nothing: use the"),
+        (
+            "mistral4",
+            {"rope__scaling__yarn_log_multiplier": 0.07},
+            "yarn_log_multiplier is 0.07, expected 0.1: use the",
+        ),
+        ("nemotron_h", {"attention__layer_norm_rms_epsilon": 1e-5}, "layer_norm_epsilon are .*, expected one number"),
+        ("llama4", {"attention__sliding_window": 0}, "llama4.attention.sliding_window is 0, expected 8192 or nothing"),
+        ("llama4", {"attention__sliding_window_pattern": 2}, "sliding_window_pattern is 2, expected 4 or nothing"),
+        ("llama4", {"rope__freq_base_swa": 100.0}, "freq_base_swa is 100.0, expected 500000.0 or nothing: use the"),
         ("llama4", {"expert_gating_func": 1}, "expert_gating_func is 1, which llama4_text does not have"),
-        ("llama4", {"expert_count": 0}, "'num_local_experts' is 0, wanted a positive integer"),
+        ("llama4", {"expert_count": 0}, "'num_local_experts' is 0, expected a positive integer"),
         ("nemotron_h", {"expert_count": 8}, "experts are not supported for architecture 'nemotron_h'"),
         ("cohere2_moe", {"expert_gating_func": 1}, "expert_gating_func is 1, which cohere2_moe does not have"),
         ("cohere2_moe", {"expert_weights_scale": 2.5}, "expert_weights_scale is 2.5, which cohere2_moe does not have"),

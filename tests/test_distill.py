@@ -352,7 +352,7 @@ def test_a_seed_out_of_range_is_refused(pair):
 
 def test_answers_to_a_single_prompt_are_refused(pair):
     source, target, adapter = pair
-    with pytest.raises(MethodError, match="answered one and the same prompt, 2 different ones are wanted"):
+    with pytest.raises(MethodError, match="answered one and the same prompt, 2 different ones are expected"):
         distill(source, target, adapter, prompts=["Anna said"] * 3, settings=SMALL)
 
 
@@ -870,7 +870,7 @@ def test_agreement_is_with_greedy_answers_alone(pair, monkeypatch):
 
 @pytest.mark.parametrize("text", ["", "5", "0s", "-3min", "4 minutes", "1h30"])
 def test_a_budget_that_is_no_time_is_refused(text):
-    with pytest.raises(UsageError, match=r"budget .* was asked for, wanted a time such as 90s"):
+    with pytest.raises(UsageError, match=r"budget .* was asked for, expected a time such as 90s"):
         DistillSettings(budget=text).check()
 
 

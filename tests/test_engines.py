@@ -341,7 +341,7 @@ def test_invalid_values_of_known_keys_raise_adapter_errors_only(tmp_path, key, v
 def test_infinite_values_of_known_keys_are_refused_by_name(tmp_path, key):
     folder = write_folder(tmp_path / "a", CONFIG | {key: 1e400})
     for read in (check_engines, load_adapter):
-        with pytest.raises(AdapterError, match=f"config key '{key}' is inf, wanted a finite number"):
+        with pytest.raises(AdapterError, match=f"config key '{key}' is inf, expected a finite number"):
             read(folder)
 
 

@@ -198,7 +198,7 @@ def test_a_dry_run_refuses_settings_that_the_transfer_would(places, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["transfer", str(places[0]), *flags(places), "--dry-run", "--method", "distill", "--roles", "qproj"])
     assert stopped.value.code == 2
-    wanted = "wanted different roles of linear modules (did you mean 'q_proj'?), such as q_proj, k_proj"
+    wanted = "expected different roles of linear modules (did you mean 'q_proj'?), such as q_proj, k_proj"
     assert f"roles ('qproj',) was asked for, {wanted}" in capsys.readouterr().err
 
 

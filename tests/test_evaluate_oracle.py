@@ -131,7 +131,7 @@ def test_an_adapter_of_another_base_is_refused(llama):
 
 @pytest.mark.parametrize(("questions", "size"), [([], 100), (QUESTIONS[:1], 0)])
 def test_no_questions_or_an_empty_batch_are_refused(llama, questions, size):
-    with pytest.raises(UsageError, match="wanted 1 or more"):
+    with pytest.raises(UsageError, match="expected 1 or more"):
         score(open_base(llama), questions, batch_tokens=size)
 
 

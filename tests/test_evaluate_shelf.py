@@ -80,7 +80,7 @@ def test_the_command_prints_the_figures_and_what_is_kept(files, capsys):
         (["--shelf", "SHELF", "--compose", "ties"], "composition 'ties' is not here"),
         (["--shelf", "SHELF", "--template", "a.jinja"], "give the shelf's base with --base"),
         (["--shelf", "SHELF", "--adapter", "foxes"], "foxes"),
-        (["--shelf", "SHELF", "--top", "0"], "wanted 1 or more"),
+        (["--shelf", "SHELF", "--top", "0"], "expected 1 or more"),
     ],
 )
 def test_bad_input_is_one_line(files, capsys, flags, message):

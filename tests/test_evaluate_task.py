@@ -66,7 +66,7 @@ def test_a_bad_line_is_named(tmp_path, line, came):
         read_task(path)
     message = str(caught.value)
     assert message.startswith(f"{path}:2: {came}")
-    assert "wanted {" in message
+    assert "expected {" in message
     assert "\n" not in message
 
 
@@ -161,7 +161,7 @@ def test_differences_are_paired():
 
 @pytest.mark.parametrize(("values", "draws"), [(np.zeros((1, 0)), 9), (np.zeros(3), 9), (np.zeros((1, 3)), 0)])
 def test_a_bootstrap_of_nothing_is_refused(values, draws):
-    with pytest.raises(UsageError, match="wanted finite values"):
+    with pytest.raises(UsageError, match="expected finite values"):
         intervals(values, draws=draws)
 
 

@@ -278,13 +278,13 @@ def test_models_without_a_difference_to_extract_are_refused(base, tmp_path, caps
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"rank": 4, "energy": 0.5}, "rank and energy were given, wanted one of them"),
-        ({"rank": 0}, "rank 0: wanted 1 or more"),
-        ({"energy": 1.5}, "energy 1.5: wanted a share"),
-        ({"energy": float("nan")}, "energy nan: wanted a share"),
-        ({"budget": "many"}, "budget 'many': wanted a number of bytes"),
-        ({"budget": "0"}, "budget '0': wanted a number of bytes"),
-        ({"rank": 4, "max_rank": 8}, "max_rank 8: wanted 1 or more, not with rank"),
+        ({"rank": 4, "energy": 0.5}, "rank and energy were given, expected one of them"),
+        ({"rank": 0}, "rank 0: expected 1 or more"),
+        ({"energy": 1.5}, "energy 1.5: expected a share"),
+        ({"energy": float("nan")}, "energy nan: expected a share"),
+        ({"budget": "many"}, "budget 'many': expected a number of bytes"),
+        ({"budget": "0"}, "budget '0': expected a number of bytes"),
+        ({"rank": 4, "max_rank": 8}, "max_rank 8: expected 1 or more, not with rank"),
         ({"keep": ("heads",)}, "keep is .*; expected a list of 'norms', 'biases', 'embeddings'"),
     ],
 )

@@ -444,7 +444,7 @@ def test_a_multimodal_text_config_gets_its_defaults():
     ("name", "change", "message"),
     [
         ("SmolLM2-135M", {"rope_interleaved": True}, "'rope_interleaved'=True is not supported for llama"),
-        ("Llama-2-7b", {"pretraining_tp": 2}, "'pretraining_tp'=2 is not supported for llama: wanted 1"),
+        ("Llama-2-7b", {"pretraining_tp": 2}, "'pretraining_tp'=2 is not supported for llama: expected 1"),
         ("Llama-2-7b", {"sliding_window": 512}, "'sliding_window'=512 is not known for llama"),
         ("Llama-2-7b", {"hidden_act": 3}, "'hidden_act'=3 is not the name"),
         ("Llama-2-7b", {"attention_multiplier": 0.1}, "remove it from config.json"),

@@ -82,7 +82,7 @@ def test_an_adapter_that_was_fitted_to_another_chat_template_is_named(files, tmp
         (["--compose", "ties"], "write one adapter with peft's add_weighted_adapter"),
         (["--compose", "."], ".: brings its adapters"),
         (["--template", "a.jinja"], "give the shelf's base with --base"),
-        (["--top", "0"], "wanted 1 or more"),
+        (["--top", "0"], "expected 1 or more"),
     ],
 )
 def test_bad_input_is_one_line(files, capsys, flags, message):

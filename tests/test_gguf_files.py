@@ -107,7 +107,7 @@ BAD_MODELS = {
     "wrong width": ({"metadata": {"feed_forward_length": 97}}, "has shape"),
     "rope type": ({"metadata": {"rope.scaling.type": "odd", "rope.scaling.factor": 2.0}}, "rope scaling 'odd'"),
     "rope base": ({"metadata": {"rope.freq_base": "big"}}, "freq_base is 'big'"),
-    "negative rope base": ({"metadata": {"rope.freq_base": -2.0}}, "wanted a positive number"),
+    "negative rope base": ({"metadata": {"rope.freq_base": -2.0}}, "expected a positive number"),
     "rope factors": ({"extra": {"rope_freqs.weight": (3 * ONES, None)}}, "llama3 rule"),
     "integer weights": ({"extra": {"output.weight": (np.zeros((10, 64), np.int8), None)}}, "I8 cannot be dequantised"),
 }

@@ -101,9 +101,12 @@ def test_methods_that_fit_to_no_answers_are_refused_and_auto_takes_one_that_does
 @pytest.mark.parametrize(
     ("lines", "came"),
     [
-        (["Who is it?"], r"right.jsonl:1: is 'Who is it\?', wanted \{\"messages\""),
-        (['{"text": "Who is it?"}'], r'right.jsonl:1: is .*, wanted \{"messages"'),
-        (['{"prompt": "a", "answer": "b"}', '{"prompt": "c"}'], r'right.jsonl:2: is .*, wanted \{"prompt": text, "ans'),
+        (["Who is it?"], r"right.jsonl:1: is 'Who is it\?', expected \{\"messages\""),
+        (['{"text": "Who is it?"}'], r'right.jsonl:1: is .*, expected \{"messages"'),
+        (
+            ['{"prompt": "a", "answer": "b"}', '{"prompt": "c"}'],
+            r'right.jsonl:2: is .*, expected \{"prompt": text, "ans',
+        ),
         (['{"messages": [{"role": "user", "content": "a"}]}'], "right.jsonl:1: its messages do not end with an answer"),
     ],
 )
@@ -116,7 +119,7 @@ def test_a_file_without_answers_is_refused_with_its_line(places, tmp_path, lines
 
 
 def test_lists_that_are_no_examples_are_refused():
-    with pytest.raises(jcl.UsageError, match=r"example 1: is .*'What'.*, wanted"):
+    with pytest.raises(jcl.UsageError, match=r"example 1: is .*'What'.*, expected"):
         given_probes(None, [LINES[0], "What"])
     with pytest.raises(jcl.UsageError, match="examples is empty"):
         given_probes(None, [])

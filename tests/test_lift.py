@@ -244,7 +244,7 @@ def test_a_quarter_of_the_train_file_is_left(task_files):
     assert task.questions("train-rest", 0) == QUESTIONS[3:]
     with pytest.raises(jcl.UsageError, match="use up its 4 train questions"):
         task.questions("train-rest", 1)
-    with pytest.raises(jcl.UsageError, match="has 1 train questions behind the first 3, 2 prompts wanted"):
+    with pytest.raises(jcl.UsageError, match="has 1 train questions behind the first 3, 2 prompts expected"):
         task.prompts(2)
     with pytest.raises(jcl.UsageError, match="first 0"):
         lift_tasks.load_task(*task_files, first=0, written=False)
@@ -270,7 +270,7 @@ def test_rows():
     assert (texted.name, texted.text) == ("theseus:whitening=0.2, on news", Path("some/news.txt"))
     assert lift_tasks.parse_row("theseus") == lift_tasks.Row("theseus", {"method": "theseus"})
     for bad in ("theseus:seed=1", "theseus:whitening", "theseus:speed=2"):
-        with pytest.raises(jcl.UsageError, match=f"--method {bad}: wanted KEY=VALUE"):
+        with pytest.raises(jcl.UsageError, match=f"--method {bad}: expected KEY=VALUE"):
             lift_tasks.parse_row(bad)
     assert lift_tasks.parse_row("copy:scale=2,out_rank=auto").settings == {"method": "copy", "scale": 2.0} | {
         "out_rank": "auto"
@@ -380,8 +380,8 @@ def test_a_moved_adapter_of_another_trained_one_is_refused(folders, task_files, 
         ([], "--pair"),
         (["--pair", "a", "b"], "--task or --written"),
         (["--pair", "x/a", "y/a"], "same last part"),
-        (["--pair", "a", "b", "--prompts", "3"], "wanted together"),
-        (["--pair", "a", "b", "--texted", "theseus"], "wanted together"),
+        (["--pair", "a", "b", "--prompts", "3"], "expected together"),
+        (["--pair", "a", "b", "--texted", "theseus"], "expected together"),
         (["--pair", "a", "b", "--seeds", "1", "1"], "different numbers"),
         (["--pair", "a", "b", "--method", "copy", "--method", "copy"], "given twice"),
         (["--pair", "a", "b", "--limit", "0"], "1 or more"),
@@ -414,7 +414,7 @@ def test_arguments_of_a_comparison_are_checked_first(given, message):
     [
         (["--pair", "{small}", "none"], "none: no such folder"),
         (["--text", "news.txt", "--texted", "theseus"], "news.txt: cannot be read"),
-        (["--prompts", "2", "--prompted", "theseus"], "has 1 train questions behind the first 3, 2 prompts wanted"),
+        (["--prompts", "2", "--prompted", "theseus"], "has 1 train questions behind the first 3, 2 prompts expected"),
         (["--prompts", "1", "--prompted", "theseus", "--split", "train-rest"], "use up its 4 train questions"),
     ],
 )

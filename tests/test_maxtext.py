@@ -91,7 +91,7 @@ def changed(name: str, was: str, new: str) -> dict[str, np.ndarray]:
         (changed("qwen3", "layers.mlp.wo", "logits_dense"), "qwen3", "decoder.logits_dense.kernel is not known"),
         (changed("gemma2", "_local", ""), "gemma2", "kernel is not known for gemma2"),
         (changed("mistral", "layers_1", "layers_2"), "mistral", "layers_2.mlp.wi_0.kernel is not known"),
-        (changed("qwen3", "", ""), "llama", "3 layers of the base were wanted along axis 1"),
+        (changed("qwen3", "", ""), "llama", "expected 3 layers of the base along axis 1"),
         (
             changed("mistral", "self_attention.key", "mlp.wi_0"),
             "mistral",

@@ -244,7 +244,10 @@ WRONG = {
         lambda t: [t.update({name.replace("model.", "net."): t.pop(name)}) for name in list(t)],
         r"no tensor is named model\.layers\.\*: give Hugging Face names",
     ),
-    "no array": (lambda t: t.update({Q: "text"}), r"q_proj.weight' is of type str, wanted a numpy, jax or torch array"),
+    "no array": (
+        lambda t: t.update({Q: "text"}),
+        r"q_proj.weight' is of type str, expected a numpy, jax or torch array",
+    ),
     "meta device": (lambda t: t.update({Q: torch.empty(48, 48, device="meta")}), "meta device and holds no data"),
     "strange dtype": (lambda t: t.update({Q: np.zeros((48, 48), object)}), "has dtype object, which is not supported"),
     "name twice": (lambda t: t.update({"model": {"norm": {"weight": np.ones(48)}}}), "two tensors have one name"),
@@ -263,13 +266,13 @@ def test_wrong_weights_are_refused(case):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "config is missing, wanted the content of config.json"),
-        ({"config": "config.json"}, "config is of type str, wanted"),
+        ({}, "config is missing, expected the content of config.json"),
+        ({"config": "config.json"}, "config is of type str, expected"),
         ({"config": {**llama_config(), "model_type": "gpt9"}}, "base in memory: model_type 'gpt9' is not supported"),
         ({"config": {**llama_config(), "hidden_size": "48"}}, "base in memory: config key 'hidden_size' is '48'"),
         (
             {"config": llama_config(), "tokenizer": 3},
-            "tokenizer is of type int, wanted a folder, a tokenizer.json",
+            "tokenizer is of type int, expected a folder, a tokenizer.json",
         ),
         ({"config": llama_config(), "tokenizer": "nowhere"}, "nowhere is neither a tokenizer.json nor a folder"),
         (

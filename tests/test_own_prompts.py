@@ -203,7 +203,7 @@ def test_a_fit_takes_own_prompts_as_given_ones(pair):
     assert "to 24 prompts, which the adapter wrote itself, from texts that begin with 'Command:'" in said
     assert f"it knows them: gain {2 * KNOWN:.2g} nats a token" in said
     assert "answers to prompts that the adapter learnt" in fit_verdict(facts).text
-    with pytest.raises(MethodError, match="16 are wanted"):  # of the templates
+    with pytest.raises(MethodError, match="16 are expected"):  # of the templates
         distill(asked, target, settings=dataclasses.replace(SMALL, own_prompts=0, completions=24))
 
 
@@ -217,5 +217,5 @@ def test_an_adapter_is_asked_unless_nothing_is_searched_for():
 
 @pytest.mark.parametrize("count", [-1, 1, 15])
 def test_fewer_own_prompts_than_a_fit_takes_are_refused(count):
-    with pytest.raises(UsageError, match=f"own_prompts {count} was asked for, wanted 0 or 16 and more"):
+    with pytest.raises(UsageError, match=f"own_prompts {count} was asked for, expected 0 or 16 and more"):
         DistillSettings(own_prompts=count).check()

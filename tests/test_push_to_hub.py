@@ -264,7 +264,7 @@ def test_offline_is_named(hub, folder, monkeypatch):
 def test_a_public_repository_is_written_only_if_the_user_says_so(hub, folder, capsys):
     hub.repos[ID] = Repo(private=False)
     assert stopped("push", folder, ID) == 2
-    assert "is public, a private one was wanted: allow it with --public" in capsys.readouterr().err
+    assert "is public, expected a private one: allow it with --public" in capsys.readouterr().err
     assert hub.repos[ID].files == {}
     main(["push", str(folder), ID, "--public"])
     assert hub.repos[ID].files.keys() == FILES
@@ -306,7 +306,7 @@ def damage_rank(folder):
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"no adapter_model\.safetensors here"),
         (lambda folder: (folder / "transfer_report.json").write_text("{"), r"transfer_report\.json: is damaged"),
         (lambda folder: os.truncate(folder / "transfer_report.json", 10**9), r"cannot be read \(1000 MB, and at most"),
-        (lambda folder: (folder / "transfer_report.json").write_text('{"schema": 1}'), "has schema 1, wanted 4"),
+        (lambda folder: (folder / "transfer_report.json").write_text('{"schema": 1}'), "has schema 1, expected 4"),
         (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), r"README\.md: its metadata is not YAML"),
         (lambda folder: (folder / "README.md").write_bytes(b"\xff"), r"README\.md: cannot be read \(not UTF-8\)"),
         (shutil.rmtree, "no such folder"),

@@ -554,7 +554,7 @@ def test_without_matplotlib_the_extra_is_named(moved, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"schema": 1}, "has schema 1, wanted 4: move the adapter again"),
+        ({"schema": 1}, "has schema 1, expected 4: move the adapter again"),
         ({"schema": None}, "has schema None"),
         ({"verdict": None}, r"is damaged .*verdict"),
         ({"layers": [10**9]}, r"is damaged .*layers"),
@@ -575,7 +575,7 @@ def test_a_damaged_report_or_one_of_another_schema_is_refused(moved, tmp_path, c
         (lambda text: text[: len(text) // 2], "is no evaluation, or a damaged one"),
         (lambda text: text.replace('"models"', '"model"'), "is no evaluation"),
         (lambda text: text.replace('"trained"', '"/home/you/moved"'), "names that differ"),
-        (lambda text: json.dumps(json.loads(text) | {"models": []}), "wanted 1 or more of both"),
+        (lambda text: json.dumps(json.loads(text) | {"models": []}), "expected 1 or more of both"),
         (lambda text: json.dumps(json.loads(text) | {"examples": 0}), "has 0 examples"),
         (lambda text: json.dumps(json.loads(text) | {"models": json.loads(text)["models"][:2]}), "of all 2 models"),
         (lambda text: "NaN", "is no evaluation"),

@@ -184,7 +184,7 @@ def test_accuracy_counts_tasks_of_several_adapters_and_adapters_for_unrelated_pr
     assert accuracy(found, [("a",)] * 5).false is None
     with pytest.raises(UsageError, match="no adapter 'e'"):
         accuracy(found, [("e",)] * 5)
-    with pytest.raises(UsageError, match="wanted one for each, and"):
+    with pytest.raises(UsageError, match="expected one for each, and"):
         accuracy(found, [("a",)])
 
 

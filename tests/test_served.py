@@ -244,9 +244,9 @@ def test_long_waits_end_with_the_first_error(server, base):
 @pytest.mark.parametrize(
     ("url", "wrong"),
     [
-        ("host:8000/v1", "wanted an address"),
-        ("ftp://host/v1", "wanted an address"),
-        ("http://:80x/", "wanted an address"),
+        ("host:8000/v1", "expected an address"),
+        ("ftp://host/v1", "expected an address"),
+        ("http://:80x/", "expected an address"),
     ]
     + [(f"https://{who}host/v1{more}", "do not belong there") for who, more in (("a:b@", ""), ("", "?key=b"))],
 )

@@ -97,18 +97,18 @@ FAULTS = {
     "list": (changed("logprobs", [1]), r"Expected `object \| null`, got `array` - at `\$.choices.*logprobs`"),
     "no numbers": (changed("token_logprobs", ["a"], "logprobs"), r"got `str` - at `\$.choices.*token_logprobs"),
     "one number": (changed("token_logprobs", [None], "logprobs"), r"have \[\d+, 1, \d+\] entries"),
-    "certain": (likeliest(lambda one: dict.fromkeys(one, 0.0)), r"probabilities that sum to 2\d, wanted 1 at most"),
+    "certain": (likeliest(lambda one: dict.fromkeys(one, 0.0)), r"probabilities that sum to 2\d, expected 1 at most"),
     "doubled": (
         likeliest(lambda one: {name: 2 * value for name, value in one.items()}),
-        r"sum to 0\.\d+ at most, wanted",
+        r"sum to 0\.\d+ at most, expected",
     ),
     "above 1": (likeliest(lambda one: one | {next(iter(one)): 0.5}), r"Expected `float` <= 0.001"),
-    "negative": (likeliest(lambda one: one | {"token_id:-5": -9.0}), r"called 'token_id:-5', wanted token_id: with"),
+    "negative": (likeliest(lambda one: one | {"token_id:-5": -9.0}), r"called 'token_id:-5', expected token_id: with"),
     "enormous": (likeliest(lambda one: one | {"token_id:99999999999": -9.0}), r"has the id 99999999999, and the token"),
     "infinite": (lambda answer: json.dumps(answer).replace("null", "-1e999"), r"Number out of range"),
     "deep": (lambda answer: json.dumps(answer)[:-1] + f', "usage": {DEEP}}}', r"recursion"),
     "nothing": (lambda answer: {}, r"missing required field `choices`"),
-    "none": (lambda answer: {"choices": []}, r"choices have the indices \[\], wanted 0 to 0"),
+    "none": (lambda answer: {"choices": []}, r"choices have the indices \[\], expected 0 to 0"),
     "two": (lambda answer: {"choices": 2 * answer["choices"]}, r"choices have the indices \[0, 0\]"),
 }
 

@@ -170,7 +170,7 @@ def test_an_addition_of_nothing_is_an_error(shelf, capsys):
 
 def test_a_newer_format_is_named(shelf):
     (shelf.folder / "shelf.json").write_text(json.dumps({"format": 2, "version": "9.0", "what": "is new"}))
-    with pytest.raises(UsageError, match=r"format 2, format 1 was wanted.*\(9\.0\)"):
+    with pytest.raises(UsageError, match=r"format 2, expected format 1.*\(9\.0\)"):
         jcl.Shelf(shelf.folder)
 
 

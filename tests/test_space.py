@@ -77,7 +77,7 @@ def test_hub_ids_are_kept_and_the_cache_is_left_out(tmp_path):
 @pytest.mark.parametrize("name", ["/etc/passwd", "~/models/x", "../other/adapter", "models", "", "a/b/c", "org/x.gguf"])
 @pytest.mark.parametrize("what", PLACES)
 def test_a_path_of_the_machine_is_refused(tmp_path, what, name):
-    with pytest.raises(jcl.UsageError, match=f"{what}.* wanted a hub id of the form owner/name"):
+    with pytest.raises(jcl.UsageError, match=f"{what}.* expected a hub id of the form owner/name"):
         settings_of(tmp_path, **{what: name})
     assert not (tmp_path / SETTINGS).exists()
 

@@ -135,7 +135,7 @@ def test_a_visitor_plans_moves_and_downloads(served, browser, files, tmp_path):
     visitor.choose("Source", "/etc/passwd")
     visitor.press("Plan")
     assert visitor.shows("Error: ") == (
-        "Error: the name of the source is '/etc/passwd', wanted a hub id of the form owner/name: give one, or upload "
+        "Error: the name of the source is '/etc/passwd', expected a hub id of the form owner/name: give one, or upload "
         "the files; paths are not opened here"
     )
     visitor.upload(files)
@@ -208,7 +208,7 @@ def test_a_request_that_calls_a_file_of_the_host_an_upload_is_refused(served):
     address, folder = served
     said = asked(address, "/etc/passwd", None)
     assert "event: complete" in said
-    assert "wanted a hub id of the form owner/name" in said
+    assert "expected a hub id of the form owner/name" in said
     said = asked(address, "x/source", [{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}])
     assert "event: error" in said
     assert "event: complete" not in said

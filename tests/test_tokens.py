@@ -110,7 +110,7 @@ def test_a_token_beyond_the_embedding_is_refused(tmp_path):
     [
         (None, "has no tokenizer.json"),
         ("{", "not valid JSON"),
-        ("[]", "JSON object was wanted"),
+        ("[]", "JSON object was expected"),
         ("{}", "the tokenizer cannot be read"),
         ('{"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}', "the tokenizer cannot be read"),
     ],

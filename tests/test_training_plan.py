@@ -197,14 +197,14 @@ def test_a_bad_line_is_named(tmp_path, line):
 def test_references_that_are_no_texts_are_refused(tmp_path, line, reason):
     path = tmp_path / "task.jsonl"
     path.write_text(json.dumps(line))
-    with pytest.raises(UsageError, match=f"task.jsonl:1: references is .*{reason}.*, wanted a list of texts"):
+    with pytest.raises(UsageError, match=f"task.jsonl:1: references is .*{reason}.*, expected a list of texts"):
         read_examples(path)
 
 
 def test_a_file_of_no_kind_is_told_all_kinds(tmp_path):
     path = tmp_path / "task.jsonl"
     path.write_text('{"text": "a"}')
-    with pytest.raises(UsageError, match=r'wanted {"messages".*"prompt".*"question"'):
+    with pytest.raises(UsageError, match=r'expected {"messages".*"prompt".*"question"'):
         read_examples(path)
 
 
@@ -237,7 +237,7 @@ def test_files_without_examples_are_refused(tmp_path):
 )
 def test_settings_out_of_range_are_refused(change, came):
     TrainingSettings().check()
-    with pytest.raises(UsageError, match=f"training with .*{came}.*: wanted "):
+    with pytest.raises(UsageError, match=f"training with .*{came}.*: expected "):
         TrainingSettings(**change).check()
 
 

@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(base):
 
 @pytest.mark.parametrize(("questions", "every"), [([], 1), (QUESTIONS, 0)])
 def test_no_examples_or_no_checkpoint_interval_are_refused(base, questions, every):
-    with pytest.raises(UsageError, match="wanted 1 or more"):
+    with pytest.raises(UsageError, match="expected 1 or more"):
         train_lora(base, questions, SETTINGS, every=every)
 
 

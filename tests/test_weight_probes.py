@@ -117,7 +117,7 @@ def test_an_adapter_that_was_not_trained_on_and_has_no_samples_is_found_by_its_w
 
 
 def test_settings_out_of_range_and_too_few_adapters_are_refused(base, tmp_path):
-    with pytest.raises(UsageError, match="wanted 1 step"):
+    with pytest.raises(UsageError, match="expected 1 step"):
         weight_probes.ProbeSettings(steps=0).check()
     with pytest.raises(UsageError, match="a rate above 0"):
         weight_probes.ProbeSettings(rate=float("nan")).check()

@@ -400,7 +400,7 @@ def test_published_configurations_are_accepted(name):
         ({"text_config": {"model_type": "opt"}}, "the text_config of this llava is of model_type 'opt', which is not"),
         ({"text_config": {"model_type": "gemma3"}}, "of model_type 'gemma3', which is not supported"),
         ({"text_config": {"model_type": ["llama"]}}, "of model_type \"\\['llama'\\]\""),
-        ({"text_config": [1]}, "wanted a JSON object"),
+        ({"text_config": [1]}, "expected a JSON object"),
         ({"text_config": {"model_type": "llama", "new_key": 3}}, "'new_key'=3"),
         ({"architectures": ["LlavaLlamaForCausalLM"]}, "supported: LlavaForConditionalGeneration"),
         ({"audio_config": {"x": 1}}, "'audio_config'"),

@@ -54,7 +54,7 @@ def examples(task: Path) -> list[Question]:
     found = [question for question in read_task(task) if _is_short(question)]
     if len(found) <= HELD_BACK:
         short = f"questions of at most {LONGEST_QUESTION} characters with answers of at most {MOST_WORDS} words"
-        raise jcl.UsageError(f"{task}: {len(found)} {short}, wanted more than the {HELD_BACK} that are kept back")
+        raise jcl.UsageError(f"{task}: {len(found)} {short}, expected more than the {HELD_BACK} that are kept back")
     return in_json(found[:-HELD_BACK])
 
 

@@ -117,7 +117,7 @@ def fit_to_base(adapter: Adapter, base: BaseInfo, *, every: bool = True) -> Adap
     module, or a module of another shape.
     """
     if any(factors.a.ndim != 2 for factors in adapter.modules.values()):
-        msg = f"{adapter.info.name}: a stack of adapters, one was wanted: map over it with jax.vmap(jcrosslora.apply, "
+        msg = f"{adapter.info.name}: a stack of adapters, expected one: map over it with jax.vmap(jcrosslora.apply, "
         raise AdapterError(msg + "in_axes=(None, 0)), or take it apart with jcrosslora.unstack_adapters")
     adapter = split_fused(adapter, base.fused)
     unknown = [name for name in adapter.modules if name not in base.shapes]

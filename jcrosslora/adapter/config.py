@@ -155,7 +155,7 @@ def check_type(config: Config, where: str, types: Collection[str]) -> None:
         raise AdapterError(msg)
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):
-        raise AdapterError(f"{where}: peft_type is {peft_type!r}, a name such as 'LORA' was wanted: correct the file")
+        raise AdapterError(f"{where}: peft_type is {peft_type!r}, expected a name such as 'LORA': correct the file")
     if peft_type.upper() not in types:
         msg = f"{where}: an adapter of type {peft_type!r} is not supported: {why_refused(peft_type.upper())}"
         raise AdapterError(msg)
@@ -202,11 +202,11 @@ def check_numbers(config: Config, where: str, alpha: str = "lora_alpha") -> None
     for table, valid, wanted in (("rank_pattern", is_rank, "ranks"), ("alpha_pattern", is_alpha, "numbers")):
         values = config.get(table) or {}
         if not isinstance(values, dict):
-            msg = f"{where}: {table} is {shown(config, table)}, an object of {wanted} was wanted: correct the file"
+            msg = f"{where}: {table} is {shown(config, table)}, expected an object of {wanted}: correct the file"
             raise AdapterError(msg)
         for key, value in values.items():
             if not valid(value) or not is_matchable(key):
-                msg = f"{where}: {table} has {key!r}: {value!r}, a pattern and one of {wanted} was wanted: correct it"
+                msg = f"{where}: {table} has {key!r}: {value!r}, expected a pattern and one of {wanted}: correct it"
                 raise AdapterError(msg)
 
 
@@ -215,14 +215,14 @@ def check_targets(config: Config, where: str) -> None:
     targets = config.get("target_modules")
     as_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     if targets is not None and not isinstance(targets, str) and not as_list:
-        msg = f"{where}: target_modules is {shown(config, 'target_modules')}, names were wanted: correct the file"
+        msg = f"{where}: target_modules is {shown(config, 'target_modules')}, expected names: correct the file"
         raise AdapterError(msg)
 
 
 def check_value(config: Config, where: str, key: str, valid: Callable[[Any], bool], wanted: str) -> None:
     """Refuse a configuration whose value for `key` is missing or invalid; `wanted` describes a valid one."""
     if not valid(config.get(key)):
-        raise AdapterError(f"{where}: {key} is {shown(config, key)}, {wanted} was wanted: correct the file")
+        raise AdapterError(f"{where}: {key} is {shown(config, key)}, expected {wanted}: correct the file")
 
 
 def is_rank(value: Any) -> bool:

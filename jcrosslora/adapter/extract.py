@@ -57,7 +57,9 @@ class ExtractSettings(Settings):
         """Raise UsageError for values out of range, and for more than one of rank, energy and budget."""
         given = [name for name in ("rank", "energy", "budget") if getattr(self, name) is not None]
         if len(given) > 1:
-            msg = f"{' and '.join(given)} were given, wanted one of them, which decides the ranks: leave out the others"
+            msg = (
+                f"{' and '.join(given)} were given, expected one of them, which decides the ranks: leave out the others"
+            )
             raise UsageError(msg)
         rules = {
             "rank": (self.rank is None or self.rank >= 1, "1 or more"),
@@ -67,7 +69,7 @@ class ExtractSettings(Settings):
         }
         for name, (holds, wanted) in rules.items():
             if not holds:
-                raise UsageError(f"extraction with {name} {getattr(self, name)!r}: wanted {wanted}")
+                raise UsageError(f"extraction with {name} {getattr(self, name)!r}: expected {wanted}")
 
     @property
     def mixed(self) -> bool:

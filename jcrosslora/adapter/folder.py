@@ -224,7 +224,7 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
         msg = "README.md: its metadata is not YAML: mend the lines between the two --- at its top"
         raise AdapterError(msg) from error
     if data is not None and not isinstance(data, dict):
-        msg = f"README.md: its metadata is a {type(data).__name__}, wanted lines of `name: value`: mend its top"
+        msg = f"README.md: its metadata is a {type(data).__name__}, expected lines of `name: value`: mend its top"
         raise AdapterError(msg)
     return data or {}, text[found.end() :]
 

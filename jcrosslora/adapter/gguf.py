@@ -62,7 +62,7 @@ def open_gguf_adapter(path: Path) -> GGUFAdapter:
         gguf, file, header = open_header(path)
     kind = header.metadata.get("general.type", "model")
     if kind != "adapter":
-        msg = f"{path}: is a GGUF of type {str(kind)[:60]!r}, an adapter was wanted: give the file or folder of a LoRA"
+        msg = f"{path}: is a GGUF of type {str(kind)[:60]!r}, expected an adapter: give the file or folder of a LoRA"
         raise AdapterError(msg)
     check_names(path, header.tensors)
     return GGUFAdapter(file, header, gguf)
@@ -92,7 +92,7 @@ def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> PeftView:
     """
     path, metadata = adapter.file.path, adapter.header.metadata
     if metadata.get(TYPE) != "lora":
-        raise AdapterError(f"{path}: {TYPE} is {shown(metadata, TYPE)}, 'lora' was wanted: use a LoRA adapter")
+        raise AdapterError(f"{path}: {TYPE} is {shown(metadata, TYPE)}, expected 'lora': use a LoRA adapter")
     if not isinstance(adapter.arch, str) or adapter.arch not in ARCHITECTURES:
         msg = f"{path}: GGUF architecture {str(adapter.arch)[:60]!r} is not supported; supported: "
         raise AdapterError(msg + ", ".join(ARCHITECTURES))
@@ -171,7 +171,7 @@ def _config(adapter: GGUFAdapter, entries: Mapping[str, Entry]) -> dict[str, Any
     metadata, path = adapter.header.metadata, adapter.file.path
     alpha = metadata.get(ALPHA, 0.0)
     if alpha != 0 and not is_alpha(alpha):
-        raise AdapterError(f"{path}: {ALPHA} is {shown(metadata, ALPHA)}, a number was wanted: correct the file")
+        raise AdapterError(f"{path}: {ALPHA} is {shown(metadata, ALPHA)}, expected a number: correct the file")
     ends = ".lora_A.weight", ".lora_embedding_A"
     factors = {name: entry.shape for name, entry in entries.items() if name.endswith(ends) and entry.shape}
     ranks = {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0]: max(shape[0], 1) for name, shape in factors.items()}

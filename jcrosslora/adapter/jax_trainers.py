@@ -98,8 +98,8 @@ def as_state_dict(
         rank = a.shape[-1]
         several = len(modules) > 1
         if b.shape[0] != rank or (several and b.shape[1] != len(modules)):
-            msg = f"{where}: the LoRA of {name} has the shapes {list(a.shape)} and {list(b.shape)}; (in..., rank) and "
-            raise AdapterError(msg + f"(rank, {f'{len(modules)}, ' * several}out...) were wanted: the file is damaged")
+            msg = f"{where}: the LoRA of {name} has the shapes {list(a.shape)} and {list(b.shape)}; expected (in..., "
+            raise AdapterError(msg + f"rank) and (rank, {f'{len(modules)}, ' * several}out...): the file is damaged")
         for module, part in zip(modules, np.split(b, len(modules), axis=1), strict=True):
             ranks[module] = rank
             tensors[f"{PREFIX}{module}.lora_A.weight"] = a.reshape(-1, rank).T

@@ -157,7 +157,7 @@ def load_dora(ref: str | Path, base: BaseModel | None = None) -> tuple[Adapter, 
     """
     file = open_adapter(ref, base)
     if file.kind is not DORA:
-        msg = f"{file.origin.name}: a {file.kind.name} has no magnitudes that could be kept, a DoRA was wanted"
+        msg = f"{file.origin.name}: a {file.kind.name} has no magnitudes that could be kept, expected a DoRA"
         raise AdapterError(msg + ": leave out --keep-dora")
     found = file.by_text_name(read_stored(file))
     if base is not None:

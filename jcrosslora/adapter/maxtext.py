@@ -81,7 +81,7 @@ def as_tunix(
         stacked = match["layer"] is None and match["rest"] is None
         if stacked and not (a.ndim > 2 and b.ndim > 2 and a.shape[1] == b.shape[1] == len(layers)):
             msg = f"{where}: the LoRA of {name} has the shapes {list(a.shape)} and {list(b.shape)}; "
-            msg += f"{len(layers)} layers of the base were wanted along axis 1: give its base, and train with "
+            msg += f"expected {len(layers)} layers of the base along axis 1: give its base, and train with "
             raise AdapterError(msg + "param_scan_axis=1")
         for at, layer in enumerate(layers):
             one = (a[:, at], b[:, at]) if stacked else (a, b)

@@ -80,11 +80,11 @@ def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str)
         raise AdapterError(msg)
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
-        msg = f"{where}: lora_parameters is {shown(config, 'lora_parameters')}, an object with rank and scale was "
-        raise AdapterError(msg + "wanted: correct the file")
+        msg = f"{where}: lora_parameters is {shown(config, 'lora_parameters')}, expected an object with rank "
+        raise AdapterError(msg + "and scale: correct the file")
     for key, valid, wanted in (("rank", is_rank, "a whole number of 1 or more"), ("scale", is_alpha, "a number")):
         if not valid(parameters.get(key)):
-            msg = f"{where}: {key} of lora_parameters is {shown(parameters, key)}, {wanted} was wanted: correct the "
+            msg = f"{where}: {key} of lora_parameters is {shown(parameters, key)}, expected {wanted}: correct the "
             raise AdapterError(msg + "file")
     rank = int(parameters["rank"])
     peft = {

@@ -97,7 +97,7 @@ def _of_tensors(file: ParsedAdapter, base: BaseModel, change: str, tensors: Sequ
         table = TIED if base.tied and file.origin.form == "MLX" else table
         return _low_rank(table, change, base, Update(read_embedding_factors(file, tensors)), file.rank)
     if len(tensors) != 1:
-        raise AdapterError(f"{module} has {len(tensors)} tensors, one was wanted")
+        raise AdapterError(f"{module} has {len(tensors)} tensors, expected one")
     rows = file.read(tensors[0].key)
     if change == "tokens":
         return _single_rows(file, base, table, rows)

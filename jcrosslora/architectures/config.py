@@ -81,7 +81,7 @@ def number_keys(record: Any) -> Iterator[str]:
 
 def refuse(key: str, value: Any, wanted: str) -> NoReturn:
     """Raise an error that names a configuration key, its value and the wanted values."""
-    raise CheckpointError(f"config key {key!r} is {repr(value)[:60]}, wanted {wanted}")
+    raise CheckpointError(f"config key {key!r} is {repr(value)[:60]}, expected {wanted}")
 
 
 def size(config: Mapping[str, Any], key: str, default: int | None = None, *, limit: int = _LIMIT) -> int:
@@ -111,7 +111,7 @@ def at_attention(stated: Mapping[str, Any], full: str, other: str) -> list[str]:
     """Return the kind of each layer by a GGUF file's metadata: `full` if it has key-value heads, else `other`."""
     heads = stated.get("attention.head_count_kv")
     if not isinstance(heads, list):
-        msg = f"attention.head_count_kv is {str(heads)[:60]}, wanted a list with the heads of each layer"
+        msg = f"attention.head_count_kv is {str(heads)[:60]}, expected a list with the heads of each layer"
         raise CheckpointError(msg)
     return [full if count else other for count in heads]
 
@@ -124,7 +124,7 @@ def numbers(config: Mapping[str, Any], key: str, count: int) -> tuple[float, ...
     values = [_number(value) for value in stated] if isinstance(stated, list | tuple) else []
     found = tuple(value for value in values if value is not None and value >= 0)
     if len(found) != count or len(values) != count:
-        msg = f"config key {key!r} is {str(stated)[:60]!r}, wanted a list of {count} numbers that are not negative"
+        msg = f"config key {key!r} is {str(stated)[:60]!r}, expected a list of {count} numbers that are not negative"
         raise CheckpointError(msg)
     return found
 
@@ -155,7 +155,7 @@ def read_number(config: Mapping[str, Any], number: Number, where: object = None)
     value = config.get(number.key, number.default)
     # An integer of 400 digits compares below infinity, but is too large for a float.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        msg = f"{number.key} is {str(value)[:60]!r}, wanted a positive number"
+        msg = f"{number.key} is {str(value)[:60]!r}, expected a positive number"
         raise CheckpointError(msg if where is None else f"{where}: {msg}")
     return float(value) ** number.power
 

@@ -50,7 +50,7 @@ def layer_ropes(model: Architecture, kinds: Sequence[str]) -> list[Rope]:
     of_kind = _read_ropes(model, kinds, any(rotated))
     missing = sorted(set(kinds) - set(of_kind))
     if missing:
-        msg = f"rope_parameters has no entry for {missing[0]} layers; wanted one for each kind of layer"
+        msg = f"rope_parameters has no entry for {missing[0]} layers; expected one for each kind of layer"
         raise CheckpointError(msg)
     growth = None
     if family.positions.scales_unrotated and config.get("attn_temperature_tuning"):
@@ -83,7 +83,7 @@ def _kinds(config: Mapping[str, Any], family: Family) -> dict[str, dict[str, Any
     theta = config.get("rope_theta") or family.positions.theta
     nested = [kind for kind in (FULL, SLIDING) if kind in stated]
     if nested and len(nested) < len(stated):
-        msg = f"rope_parameters mixes kinds of layers and settings: {sorted(stated)}; wanted only one of them"
+        msg = f"rope_parameters mixes kinds of layers and settings: {sorted(stated)}; expected only one of them"
         raise CheckpointError(msg)
     if nested:
         return {kind: {"rope_theta": theta, **_dict(stated[kind])} for kind in nested}
@@ -93,7 +93,7 @@ def _kinds(config: Mapping[str, Any], family: Family) -> dict[str, dict[str, Any
 def _separate_kinds(config: Mapping[str, Any], family: Family) -> dict[str, dict[str, Any]]:
     rules, stated = family.positions, _dict(config.get("rope_parameters") or {})
     if set(stated) - {FULL, SLIDING}:
-        raise CheckpointError(f"rope_parameters has {sorted(stated)}, wanted {FULL} and {SLIDING}")
+        raise CheckpointError(f"rope_parameters has {sorted(stated)}, expected {FULL} and {SLIDING}")
     kinds = {kind: dict(_dict(stated.get(kind) or {})) for kind in (FULL, SLIDING)}
     kinds[FULL].update(_dict(config.get("rope_scaling") or {}))
     kinds[FULL].setdefault("rope_theta", config.get("rope_theta") or rules.theta)

@@ -120,7 +120,7 @@ def proportional(size: int, settings: Settings) -> Rope:
     """Divide all frequencies by `factor`, and rotate only the first `partial_rotary_factor` of the pairs."""
     share = settings.get("partial_rotary_factor", 1.0)
     if isinstance(share, bool) or not 0 <= share <= 1:
-        raise ValueError(f"partial_rotary_factor is {share!r}, wanted a number from 0 to 1")
+        raise ValueError(f"partial_rotary_factor is {share!r}, expected a number from 0 to 1")
     frequencies = _plain(size, settings["rope_theta"]) / settings.get("factor", 1.0)
     frequencies[int(share * size // 2) :] = 0.0
     return Rope(_floats(frequencies))
@@ -204,11 +204,11 @@ def _mscale(factor: float, weight: float | None) -> float:
 def _divisors(given: list[float], count: int) -> np.ndarray:
     divisors = np.asarray(given, np.float64)
     if divisors.shape != (count,):
-        raise ValueError(f"a list has {divisors.size} factors, wanted {count}")
+        raise ValueError(f"a list has {divisors.size} factors, expected {count}")
     return divisors
 
 
 def _positive(value: Any, name: str) -> float:
     if not isinstance(value, int | float) or value <= 0:
-        raise ValueError(f"{name} is {value!r}, wanted a positive number")
+        raise ValueError(f"{name} is {value!r}, expected a positive number")
     return value

@@ -54,7 +54,7 @@ def read_config(folder: Path) -> ModelConfig:
                 config["quantization_config"] = {"quant_method": method, **read_json_object(folder / name)}
         return check_config(config, path)
     if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder}: is an adapter (adapter_config.json), where a base model was wanted")
+        raise CheckpointError(f"{folder}: is an adapter (adapter_config.json), where a base model was expected")
     msg = f"{folder}: has no config.json: give the folder of a base model, a .gguf file or a hub id"
     if packed := sorted(folder.glob("*.gguf")):
         msg = f"{folder}: has no config.json but a GGUF file: give the path {packed[0]}"
@@ -101,7 +101,9 @@ def _check_keys(family: Family, config: Mapping[str, Any]) -> None:
         if key in family.fixed:
             if value is not None and value not in family.fixed[key]:
                 wanted = " or ".join(map(repr, family.fixed[key]))
-                raise CheckpointError(f"config key {key!r}={short} is not supported for {family.name}: wanted {wanted}")
+                raise CheckpointError(
+                    f"config key {key!r}={short} is not supported for {family.name}: expected {wanted}"
+                )
         elif key not in known and not is_empty(value):
             refuse_unknown(key, short, family.name)
         if key in ("hidden_act", "hidden_activation") and not isinstance(value, str | None):

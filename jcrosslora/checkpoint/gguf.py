@@ -268,7 +268,7 @@ def _stated(config: ModelConfig, file: MappedFile, header: GGUFHeader) -> dict[s
         numbers = header.metadata.get(key, [])
         numeric = isinstance(numbers, list) and all(type(number) in (int, float) for number in numbers)
         if not numeric or len(numbers) not in (0, layers):
-            file.refuse(f"{key} is {str(numbers)[:60]}, wanted a number for each of {layers} layers")
+            file.refuse(f"{key} is {str(numbers)[:60]}, expected a number for each of {layers} layers")
         arrays = np.asarray(numbers, np.float32)[:, None]
         tensors |= {f"model.layers.{layer}.{tensor}": array for layer, array in enumerate(arrays)}
     return tensors

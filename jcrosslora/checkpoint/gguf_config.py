@@ -127,7 +127,7 @@ def _layer_types(meta: Metadata, period: int) -> list[str]:
     stated = meta.get("attention.sliding_window_pattern")
     layers = meta.layers()
     if layers is None or not 0 < layers < 10_000:
-        meta.file.refuse(f"{meta.arch}.block_count is {layers!r}, wanted the number of layers")
+        meta.file.refuse(f"{meta.arch}.block_count is {layers!r}, expected the number of layers")
     # With or without entries for multi-token prediction layers.
     if isinstance(stated, list) and len(stated) in (layers, meta.count("block_count")):
         stated = stated[:layers]
@@ -194,10 +194,10 @@ def _growing(meta: Metadata, scaling: Mapping[str, Any]) -> dict[str, Any]:
     mscale = meta.number("rope.scaling.yarn_log_multiplier")
     if beta is None or mscale not in (None, wanted):
         what = f"{meta.arch}.attention.temperature_scale is missing, or rope.scaling.yarn_log_multiplier is {mscale}, "
-        meta.file.refuse(what + f"wanted {wanted:g}: use the safetensors of the model")
+        meta.file.refuse(what + f"expected {wanted:g}: use the safetensors of the model")
     step = meta.count("attention.temperature_length")
     if step is not None and step != scaling.get(_ORIGINAL):
-        what = f"{meta.arch}.attention.temperature_length is {step}, wanted the original context length: "
+        what = f"{meta.arch}.attention.temperature_length is {step}, expected the original context length: "
         meta.file.refuse(what + "use the safetensors of the model")
     return {"llama_4_scaling_beta": beta} | ({} if mscale is None else {"mscale": 1.0, "mscale_all_dim": 1.0})
 

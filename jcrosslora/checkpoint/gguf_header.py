@@ -216,7 +216,7 @@ class Metadata:
             file.refuse(f"GGUF architecture {arch!r} is not supported{why}; supported: {', '.join(ARCHITECTURES)}")
         self.arch = arch
         if values.get("general.type", "model") != "model":
-            file.refuse(f"is a GGUF of type {values['general.type']!r}, where a base model was wanted")
+            file.refuse(f"is a GGUF of type {values['general.type']!r}, where a base model was expected")
         if values.get("split.count", 1) not in (0, 1):
             file.refuse(f"is one of {values['split.count']} parts: join them with llama-gguf-split --merge")
         if (count := self.get("expert_count")) and arch not in _WITH_EXPERTS:
@@ -250,14 +250,14 @@ class Metadata:
             return None
         # The bound also excludes infinity and NaN.
         if type(value) not in (int, float) or not 0 < value < _LARGEST:
-            self.file.refuse(f"{self.arch}.{key} is {str(value)[:60]!r}, wanted a positive number")
+            self.file.refuse(f"{self.arch}.{key} is {str(value)[:60]!r}, expected a positive number")
         return float(str(np.float32(value)))
 
     def count(self, key: str) -> int | None:
         """Return a non-negative integer of 32 bits."""
         value = self.get(key)
         if value is not None and (type(value) is not int or not 0 <= value < 1 << 31):
-            self.file.refuse(f"{self.arch}.{key} is {str(value)[:60]!r}, wanted one non-negative integer")
+            self.file.refuse(f"{self.arch}.{key} is {str(value)[:60]!r}, expected one non-negative integer")
         return value
 
     def most(self, key: str) -> int | None:
@@ -266,7 +266,7 @@ class Metadata:
         if not isinstance(value, list):
             return self.count(key)
         if not value or not all(type(one) is int and 0 <= one < 1 << 31 for one in value):
-            self.file.refuse(f"{self.arch}.{key} is {str(value)[:60]}, wanted an integer for each layer")
+            self.file.refuse(f"{self.arch}.{key} is {str(value)[:60]}, expected an integer for each layer")
         return max(value)
 
     def layers(self) -> int | None:

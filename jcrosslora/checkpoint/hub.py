@@ -83,7 +83,7 @@ def check_revision(ref: str | Path, path: Path, wanted: str | None) -> None:
     identity = cached_identity(path)
     if wanted is not None and (identity is None or identity[1] != wanted):
         known = "which no revision is known" if identity is None else f"revision {identity[1]}"
-        msg = f"{ref}: is a local path of {known}; revision {wanted!r} was wanted: leave it out, or give a hub id"
+        msg = f"{ref}: is a local path of {known}; expected revision {wanted!r}: leave it out, or give a hub id"
         raise CheckpointError(msg)
 
 

@@ -97,7 +97,7 @@ def config_values(config: Any, ref: str) -> dict[str, Any]:
     values = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
     if isinstance(values, Mapping):
         return {key: value for key, value in values.items() if not _of_gguf(key, value)}
-    msg = f"{ref}: config is {'missing' if config is None else f'of type {type(config).__name__}'}, wanted "
+    msg = f"{ref}: config is {'missing' if config is None else f'of type {type(config).__name__}'}, expected "
     raise CheckpointError(msg + "the content of config.json as a mapping, or a configuration of transformers")
 
 
@@ -124,7 +124,7 @@ def tokenizer_folder(tokenizer: Any, owner: object, ref: str) -> Path | None:
             return folder
         raise CheckpointError(f"{ref}: {path} is neither a tokenizer.json nor a folder that holds one")
     if not hasattr(tokenizer, "backend_tokenizer") and not hasattr(tokenizer, "to_str"):
-        msg = f"{ref}: tokenizer is of type {type(tokenizer).__name__}, wanted a folder, a tokenizer.json, a fast "
+        msg = f"{ref}: tokenizer is of type {type(tokenizer).__name__}, expected a folder, a tokenizer.json, a fast "
         raise CheckpointError(msg + "tokenizer of transformers, or a tokenizers.Tokenizer")
     folder = Path(tempfile.mkdtemp(prefix="jcrosslora-tokenizer-"))
     weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
@@ -180,7 +180,7 @@ class MemoryStore(TensorStore):
 def _defect(name: str, array: Any) -> str | None:
     """Return why an array cannot be read."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        return f"{name!r} is of type {type(array).__name__}, wanted a numpy, jax or torch array"
+        return f"{name!r} is of type {type(array).__name__}, expected a numpy, jax or torch array"
     if getattr(array, "is_meta", False):
         return f"tensor {name!r} is on the meta device and holds no data: load the weights first"
     supported = _dtype_name(array) in DTYPE_CODES

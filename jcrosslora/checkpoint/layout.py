@@ -158,7 +158,7 @@ def check_tensors(model: Architecture, store: TensorStore, ref: str) -> None:
         elif store.shape(name) != shape:
             problems.append(f"{name} has shape {list(store.shape(name))}, config says {list(shape)}")
         elif store.dtype(name) in _NOT_WEIGHTS:
-            problems.append(f"{name} has dtype {store.dtype(name)}, wanted a float dtype")
+            problems.append(f"{name} has dtype {store.dtype(name)}, expected a float dtype")
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         msg = f"{ref}: not a complete {family.name} model: {'; '.join(problems[:_SHOWN])}{more}: {store.advice}"

@@ -108,7 +108,7 @@ def _open_path(ref: str | Path, revision: str | None, name: str | None) -> BaseM
     if is_file:
         hub.check_revision(ref, path, revision)
         if path.suffix != ".gguf":
-            msg = f"{ref}: is a file, wanted a .gguf file or the folder that holds config.json and the weights"
+            msg = f"{ref}: is a file, expected a .gguf file or the folder that holds config.json and the weights"
             raise CheckpointError(msg)
         config, store, named = open_gguf(path)
         return _build(name or named or str(path), str(ref), path, None, config, store)

@@ -186,7 +186,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: download the file again") from error
     if not isinstance(value, dict):
-        msg = f"{path}: holds {type(value).__name__} where a JSON object was wanted: download the file again"
+        msg = f"{path}: holds {type(value).__name__} where a JSON object was expected: download the file again"
         raise CheckpointError(msg)
     return value
 
@@ -197,7 +197,7 @@ def refuse_not_finite(values: Mapping[str, Any], *, but: Collection[str] = ()) -
     while stack:
         key, value = stack.pop()
         if isinstance(value, float) and not math.isfinite(value):
-            msg = f"config key {key!r} is {value}, wanted a finite number: mend it, or download the file again"
+            msg = f"config key {key!r} is {value}, expected a finite number: mend it, or download the file again"
             raise CheckpointError(msg)
         if isinstance(value, Mapping):
             stack += [(f"{key}.{name}", item) for name, item in value.items()]

@@ -192,7 +192,7 @@ def _first_special(backend: Any) -> int | None:
 def _from_folder(folder: Path) -> tuple[Any, int | None, list[Any], str, str | None]:
     path = folder / "tokenizer.json"
     if not path.exists():
-        msg = f"{folder} has no tokenizer.json, wanted to tokenize text: copy the model's own into the folder"
+        msg = f"{folder} has no tokenizer.json, expected to tokenize text: copy the model's own into the folder"
         raise CheckpointError(msg)
     read_json_object(path)
     for beside in (beside for name in _BESIDE for beside in folder.glob(name)):
@@ -239,7 +239,7 @@ def _called(ref: str | Path, call: Callable[[], T]) -> T:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        msg = f"{ref}: the tokenizer cannot be read ({cause}): wanted one that the transformers library loads"
+        msg = f"{ref}: the tokenizer cannot be read ({cause}): expected one that the transformers library loads"
         raise CheckpointError(msg) from error
 
 

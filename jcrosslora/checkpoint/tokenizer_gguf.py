@@ -41,7 +41,7 @@ def build_backend(metadata: Mapping[str, Any], path: Path) -> Any:
     """
     model = metadata.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama", "gemma4"):
-        msg = f"{path}: its tokenizer is of kind {model!r}, wanted gpt2, llama or gemma4: use the model's folder "
+        msg = f"{path}: its tokenizer is of kind {model!r}, expected gpt2, llama or gemma4: use the model's folder "
         raise CheckpointError(msg + "instead")
     tokens, types = (_listed(metadata, key, str if key == "tokens" else int, path) for key in ("tokens", "token_type"))
     if len(tokens) != len(types) or len(set(tokens)) != len(tokens):

@@ -195,7 +195,7 @@ class ParameterStore(TensorStore):
                 parameter, mark, part = name.rpartition(_MARK)
                 self._parts[parameter if mark else name][part if mark else ""] = name
         if arrays.kinds and not self._parts:
-            msg = f"{where}: holds LoRA alone, where a base model was wanted: give a checkpoint of the whole model"
+            msg = f"{where}: holds LoRA alone, where a base model was expected: give a checkpoint of the whole model"
             raise CheckpointError(msg)
         self._sources = find_sources(self._parts, family, where)
         self._shapes = {source: self._shape_of(source) for source in self._sources.values()}

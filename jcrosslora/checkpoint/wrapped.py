@@ -135,7 +135,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
             if key not in COMMON_KEYS | HARMLESS_KEYS | _KEYS | wrapper.keys and not is_empty(value):
                 refuse_unknown(key, shortened(repr(value)), model_type)
     if not isinstance(text, Mapping):
-        raise CheckpointError(f"text_config of model_type {model_type!r} is {str(text)[:60]!r}, wanted a JSON object")
+        raise CheckpointError(f"text_config of model_type {model_type!r} is {str(text)[:60]!r}, expected a JSON object")
     text_type = text.get("model_type") or wrapper.text_type
     if not isinstance(text_type, str) or text_type not in wrapper.texts:
         msg = f"the text_config of this {model_type} is of model_type {str(text_type)[:60]!r}, which is not "

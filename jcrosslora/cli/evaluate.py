@@ -206,7 +206,7 @@ class Evaluate(OnDevice):
             msg = f"--trained {self.trained} was given with the shelf {self.shelf}: give it as --adapter, to see "
             raise UsageError(msg + "the share of its gain that the shelf keeps")
         if self.show < 0 or (self.max_new_tokens is not None and self.max_new_tokens < 1):
-            msg = f"show {self.show} with max-new-tokens {self.max_new_tokens} is out of range; wanted 0 or more to "
+            msg = f"show {self.show} with max-new-tokens {self.max_new_tokens} is out of range; expected 0 or more to "
             msg += "show, and 1 token or more"
             raise UsageError(msg)
         if not written and (self.show or self.html or self.max_new_tokens):

@@ -174,7 +174,7 @@ def _numbers(row: str) -> list[float]:
     try:
         return [float(part) for part in row.split(",")]
     except ValueError:
-        raise UsageError(f"weights {row!r}: wanted a number for each adapter, such as 1,0,0.5") from None
+        raise UsageError(f"weights {row!r}: expected a number for each adapter, such as 1,0,0.5") from None
 
 
 def _notes(composed: "Composed", how: str) -> list[str]:

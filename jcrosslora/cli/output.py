@@ -111,7 +111,7 @@ def writable_file(path: Path, endings: tuple[str, ...]) -> Path:
         msg = f"{path}: is no name of {what}, and may be that of another file: give one that ends in {endings[0]}"
         raise OutputError(msg)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{path}: cannot be written: wanted a file in a folder that exists and can be written to")
+        raise OutputError(f"{path}: cannot be written: expected a file in a folder that exists and can be written to")
     return path
 
 

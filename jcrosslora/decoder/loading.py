@@ -73,7 +73,7 @@ def load_model(
     check_devices()
     kind = jnp.dtype(dtype)
     if kind not in (_F32, _BF16):
-        raise UsageError(f"dtype is {kind.name}, wanted float32 or bfloat16")
+        raise UsageError(f"dtype is {kind.name}, expected float32 or bfloat16")
     if packed and kind == _F32:
         raise UsageError("float32 weights cannot be packed; use bfloat16, or packed=False")
     if packed is None:

@@ -318,5 +318,5 @@ def _check_enough(found: list[Completion], source: Source) -> None:
     # Held-out prompts are not fitted to, and at least one is held out.
     few = len(found) < FEWEST_COMPLETIONS
     came = f"{len(found)} prompts, {FEWEST_COMPLETIONS}" if few else "one and the same prompt, 2 different ones"
-    msg = f"{source.name} with the adapter answered {came} are wanted: "
+    msg = f"{source.name} with the adapter answered {came} are needed: "
     raise MethodError(msg + "give more prompts with --prompts, or use another method")

@@ -174,4 +174,4 @@ class DistillSettings:
         rules["contrast_weight"] = math.isfinite(self.contrast_weight), "a finite number, such as 0.25"
         for name, (holds, wanted) in rules.items():
             if not holds:
-                raise UsageError(f"distill with {name} {getattr(self, name)} was asked for, wanted {wanted}")
+                raise UsageError(f"distill with {name} {getattr(self, name)} was asked for, expected {wanted}")

@@ -235,9 +235,9 @@ def answer(
     completions = tuple(map(as_completion, found))
     adapters = [load_adapter(one, base) for one in adapters]
     if not completions or batch_tokens < 1:
-        raise UsageError(f"{len(completions)} examples in batches of {batch_tokens} tokens: wanted 1 or more of both")
+        raise UsageError(f"{len(completions)} examples in batches of {batch_tokens} tokens: expected 1 or more of both")
     if max_new_tokens is not None and max_new_tokens < 1:
-        raise UsageError(f"answers of {max_new_tokens} tokens: wanted 1 or more")
+        raise UsageError(f"answers of {max_new_tokens} tokens: expected 1 or more")
     tokenizer = tokenizer or load_tokenizer(base)
     items = [_tokens(base, tokenizer, one, number) for number, one in enumerate(completions, 1)]
     room = max_new_tokens or _room(tokenizer, completions)

@@ -85,7 +85,7 @@ class Evaluated(ABC):
         values = self.values(figure)
         for place in (moved, trained):
             if not 1 <= place < len(values):
-                raise UsageError(f"model {place} of {len(values)}: wanted the place of an adapter, counted from 1")
+                raise UsageError(f"model {place} of {len(values)}: expected the place of an adapter, counted from 1")
         base, own, oracle = (values if figure in LOWER_IS_BETTER else -values)[[0, moved, trained]]
         return lift_recovered(base, own, oracle, draws=draws, seed=seed)
 
@@ -101,7 +101,7 @@ def bootstrap_means(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -
     values = np.asarray(values, np.float64)
     if draws < 1 or values.ndim != 2 or values.shape[1] < 1 or not np.isfinite(values).all():
         came = f"bootstrap of values {list(values.shape)} with {draws} draws"
-        raise UsageError(f"{came}: wanted finite values (models, questions) and 1 draw or more")
+        raise UsageError(f"{came}: expected finite values (models, questions) and 1 draw or more")
     count = values.shape[1]
     rng, share = np.random.default_rng(seed), np.full(count, 1 / count)
     size = max(1, _NUMBERS_AT_ONCE // count)
@@ -144,14 +144,16 @@ def lift_recovered(
     shapes = [np.shape(each) for each in (base, moved, trained)]
     if len(set(shapes)) != 1 or len(shapes[0]) != 1:
         raise UsageError(
-            f"lift of figures {', '.join(str(list(shape)) for shape in shapes)}: wanted the same questions (n,) in each"
+            f"lift of figures {', '.join(str(list(one)) for one in shapes)}: expected the same questions (n,) in each"
         )
     gains = np.stack([np.subtract(base, moved), np.subtract(base, trained)]).astype(np.float64)
     means = bootstrap_means(gains, draws=draws, seed=seed)
     trained_gain = _interval(float(gains[1].mean()), means[1])
     if not trained_gain.low > 0:
         came = f"{trained_gain.value:.4g} [{trained_gain.low:.4g}, {trained_gain.high:.4g}]"
-        msg = f"the trained adapter gains {came} over the base, wanted an interval above 0: train it more, or use more "
+        msg = (
+            f"the trained adapter gains {came} over the base, expected an interval above 0: train it more, or use more "
+        )
         msg += "questions"
         raise UsageError(msg)
     # Fewer than 2.5% of the draws have a negative trained gain, and they stay. A draw without any gain, as figures of 0

@@ -118,7 +118,7 @@ def judge_draft(
     """
     asked = read_prompts(prompts) if isinstance(prompts, str | Path) else as_prompts(prompts)
     if not asked or min(drafted, max_new_tokens) < 1:
-        msg = f"{len(asked)} prompts, {drafted} tokens drafted, answers of {max_new_tokens}: wanted 1 or more of each"
+        msg = f"{len(asked)} prompts, {drafted} tokens drafted, answers of {max_new_tokens}: expected 1 or more of each"
         raise UsageError(msg)
     target, draft = open_base(target), open_base(draft)
     _check_vocabularies(target, draft)

@@ -13,7 +13,7 @@ from jcrosslora.text.completion import is_text, parse_messages, parse_object, pa
 from jcrosslora.utils.files import read_file
 from jcrosslora.utils.texts import shortened
 
-_QUESTION = 'wanted {"question": text, "choices": [text, ...], "answer": index}'
+_QUESTION = 'expected {"question": text, "choices": [text, ...], "answer": index}'
 _KINDS = '{"messages": [...]}, {"prompt", "answer"} or {"question", "choices", "answer": index}'
 _BOM = "\ufeff"
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -58,7 +58,7 @@ def read_examples(path: str | Path) -> list[Example]:
     if "prompt" in first:
         return [_prompted(_object(line), ascii(line[:60])[1:], f"{path}:{number}") for number, line in lines]
     if lines and "question" not in first:
-        raise UsageError(f"{path}:{lines[0][0]}: is {ascii(lines[0][1][:60])[1:]}, wanted {_KINDS} on each line")
+        raise UsageError(f"{path}:{lines[0][0]}: is {ascii(lines[0][1][:60])[1:]}, expected {_KINDS} on each line")
     return list(read_task(path))
 
 
@@ -136,13 +136,13 @@ def parse_prompts(text: str, name: str, *, json_lines: bool) -> list[Prompt]:
         found = [line.removesuffix("\r") for line in lines]
     prompts = [prompt for prompt in found if prompt_text(prompt).strip()]
     if not prompts:
-        raise UsageError(f"{name}: holds no text, at least one line was wanted: write one text a line")
+        raise UsageError(f"{name}: holds no text, expected at least one line: write one text a line")
     return prompts
 
 
 def _read_lines(path: Path) -> list[tuple[int, bytes]]:
     """Read the non-blank lines of a JSONL file, with their numbers from 1; skip a byte order mark."""
-    lines = _bytes(path, "wanted a JSONL file").removeprefix(codecs.BOM_UTF8).split(b"\n")
+    lines = _bytes(path, "expected a JSONL file").removeprefix(codecs.BOM_UTF8).split(b"\n")
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -180,14 +180,14 @@ def _conversation(entry: dict[str, Any], place: str) -> Completion:
 def _prompted(entry: Mapping[str, Any], shown: str, place: str) -> Completion:
     prompt, answer = map(entry.get, ("prompt", "answer"))
     if not is_text(prompt) or not is_text(answer):
-        raise UsageError(f'{place}: is {shown}, wanted {{"prompt": text, "answer": text}} with texts not blank')
+        raise UsageError(f'{place}: is {shown}, expected {{"prompt": text, "answer": text}} with texts not blank')
     return Completion(prompt, f" {answer}", references=_references(entry, place))
 
 
 def _references(entry: Mapping[str, Any], place: str) -> tuple[str, ...]:
     found = entry.get("references", [])
     if not isinstance(found, list) or not all(map(is_text, found)):
-        raise UsageError(f"{place}: references is {ascii(found)[:60]}, wanted a list of texts that are not blank")
+        raise UsageError(f"{place}: references is {ascii(found)[:60]}, expected a list of texts that are not blank")
     return tuple(found)
 
 
@@ -212,7 +212,7 @@ def _read(path: Path) -> str:
         msg = f"{path}: is not UTF-8 text (byte {error.start}): save it as UTF-8 with one text a line"
         raise UsageError(msg) from error
     if "\0" in text:
-        raise UsageError(f"{path}: is a binary file, UTF-8 text was wanted: name a file with one text a line")
+        raise UsageError(f"{path}: is a binary file, expected UTF-8 text: name a file with one text a line")
     return text
 
 

@@ -212,7 +212,7 @@ def place_of(names: Sequence[str], trained: str) -> int:
     """
     if trained not in names[1:]:
         raise UsageError(
-            f"trained adapter {trained!r} is not among those evaluated: wanted one of {', '.join(names[1:]) or 'none'}"
+            f"trained adapter {trained!r} is not among the evaluated: expected one of {', '.join(names[1:]) or 'none'}"
         )
     return names.index(trained, 1)
 

@@ -124,7 +124,7 @@ class TextSettings:
         if min(self.count, self.length) < 1:
             raise UsageError(f"{self.count} texts of {self.length} tokens were asked for: each must be at least 1")
         if not 0 <= self.temperature < float("inf"):
-            msg = f"temperature {self.temperature} was asked for, wanted a finite number from 0 on, such as 1"
+            msg = f"temperature {self.temperature} was asked for, expected a finite number from 0 on, such as 1"
             raise UsageError(msg)
         check_seed(self.seed)
 
@@ -180,7 +180,7 @@ def write_texts(
         CheckpointError: the tokenizer or the weights cannot be read, or the predictions are not finite.
     """
     if batch < 1:
-        raise UsageError(f"texts in batches of {batch} were asked for: wanted 1 or more")
+        raise UsageError(f"texts in batches of {batch} were asked for: expected 1 or more")
     count, length, temperature = settings.count, settings.length, settings.temperature
     generator = Generator.of(base, adapter, model=model)
     bos = [] if generator.tokenizer.bos is None else [generator.tokenizer.bos]
@@ -198,7 +198,7 @@ def write_texts(
             if len(texts) >= count:
                 return texts[:count]
     tried = f"only {len(texts)} of {words.size} texts that it wrote at temperature {temperature:g} could be used"
-    raise MethodError(f"{base.ref}: {tried}, {count} were wanted: change the temperature, or give texts of your own")
+    raise MethodError(f"{base.ref}: {tried}, expected {count}: change the temperature, or give texts of your own")
 
 
 def probes_cost(count: int) -> Cost:
@@ -257,7 +257,7 @@ def check_seed(seed: int) -> None:
         UsageError: it is not from 0 to 2^32 - 1.
     """
     if not 0 <= seed < 1 << 32:
-        raise UsageError(f"seed {seed} was asked for, wanted 0 to {(1 << 32) - 1}")
+        raise UsageError(f"seed {seed} was asked for, expected 0 to {(1 << 32) - 1}")
 
 
 def _candidates(tokens: Mapping[bytes, int]) -> list[int]:

@@ -145,7 +145,7 @@ def score(
     questions = read_task(questions) if isinstance(questions, str | Path) else questions
     adapters = [load_adapter(one, base) for one in adapters]
     if not questions or batch_tokens < 1:
-        raise UsageError(f"{len(questions)} questions in batches of {batch_tokens} tokens: wanted 1 or more of both")
+        raise UsageError(f"{len(questions)} questions in batches of {batch_tokens} tokens: expected 1 or more of both")
     items = read_questions(base, questions, tokenizer)
     models = Models.of(base, adapters, model, dtype)
     log_probs, tokens = log_prob_sums(models, items, batch_tokens, unit="questions")

@@ -28,8 +28,8 @@ from jcrosslora.maps.evidence import Activations, AddEvidence, Evidence, Evidenc
 from jcrosslora.maps.method import Plan
 from jcrosslora.relation.pairing import Pair
 from jcrosslora.utils.cost import Cost
+from jcrosslora.utils.picking import pick_evenly
 from jcrosslora.utils.progress import each
-from jcrosslora.utils.shard import pick_evenly
 
 # Tokens per probe text, and texts per batch. A batch holds the activations of all layers at the matched positions.
 PROBE_LENGTH, PROBE_BATCH = 128, 4

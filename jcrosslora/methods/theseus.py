@@ -40,7 +40,9 @@ class Theseus(MapMethod):
     def check(self) -> None:
         """Refuse an exponent outside 0 to 0.5."""
         if not 0 <= self.whitening <= _MOST_WHITENING:
-            raise UsageError(f"whitening {self.whitening} is out of range; wanted 0 (none) to {_MOST_WHITENING} (full)")
+            raise UsageError(
+                f"whitening {self.whitening} is out of range; expected 0 (none) to {_MOST_WHITENING} (full)"
+            )
 
     @property
     def requires(self) -> frozenset[EvidenceKind]:  # type: ignore[override]

@@ -159,7 +159,7 @@ class Repository:
                     raise
                 return None
         if self.private and not info.private:
-            msg = f"{self.repo_id}: is there already and is public, a private one was wanted: allow it with --public "
+            msg = f"{self.repo_id}: is there already and is public, expected a private one: allow it with --public "
             raise OutputError(msg + "(private=False), or choose another name")
         names = _names(info)
         if CONFIG not in names and (of_base := sorted(_BASE_FILES & names)):

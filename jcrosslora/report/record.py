@@ -220,7 +220,7 @@ def read_report(path: Path) -> TransferReport:
             return msgspec.convert(found, TransferReport)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: is damaged ({error}): {AGAIN}") from error
-    raise UsageError(f"{path}: has schema {ascii(schema)[:20]}, wanted {SCHEMA}: {AGAIN}")
+    raise UsageError(f"{path}: has schema {ascii(schema)[:20]}, expected {SCHEMA}: {AGAIN}")
 
 
 def read_bytes(path: Path) -> bytes:

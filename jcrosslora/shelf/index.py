@@ -188,10 +188,8 @@ def _read_head(folder: Path) -> Head:
     content = _read(path)
     record = _decode(path, content, dict[str, Any])
     if isinstance(stated := record.get("format"), int) and stated != _FORMAT:
-        msg = (
-            f"{folder}: is a shelf of format {stated}, format {_FORMAT} was wanted: use the version of jcrosslora that "
-        )
-        raise UsageError(msg + f"wrote it ({record.get('version', 'unknown')}), or make a new shelf")
+        msg = f"{folder}: is a shelf of format {stated}, expected format {_FORMAT}: use the version of jcrosslora "
+        raise UsageError(msg + f"that wrote it ({record.get('version', 'unknown')}), or make a new shelf")
     if record.pop(_SEAL, None) != _digest(_encode(record)):
         raise _damaged(path, "it was changed after writing")
     return _decode(path, content, Head)

@@ -56,7 +56,7 @@ def accuracy(found: Retrieved, wanted: Sequence[Collection[str]]) -> Accuracy:
         raise UsageError(f"the shelf has no adapter {min(unknown)!r}; `jcrosslora shelf list` names all")
     if len(wanted) != len(found.scores) or not any(wanted):
         msg = f"{len(wanted)} labels, {sum(map(bool, wanted))} with an adapter, for {len(found.scores)} prompts: "
-        raise UsageError(msg + "wanted one for each, and an adapter for some")
+        raise UsageError(msg + "expected one for each, and an adapter for some")
     right = np.array([[name in names for name in found.names] for names in wanted], bool)
     used: np.ndarray = found.weights() > 0
     known = np.any(right, axis=1)

@@ -152,7 +152,7 @@ def labelled_prompts(
     Labels are "NAME=FILE" or "NAME,NAME=FILE"; UsageError is raised for another form, or a file that cannot be read.
     """
     if limit < 1:
-        raise UsageError(f"{limit} samples were asked for; wanted 1 or more")
+        raise UsageError(f"{limit} samples were asked for; expected 1 or more")
     files: list[tuple[tuple[str, ...], str | Path]] = []
     for label in labelled:
         names, _, file = label.partition("=")

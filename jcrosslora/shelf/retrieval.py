@@ -75,7 +75,7 @@ class Retrieved:
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
     if count < 1:
-        raise UsageError(f"{count} adapters were asked for; wanted 1 or more")
+        raise UsageError(f"{count} adapters were asked for; expected 1 or more")
     return np.argsort(-scores, axis=1, kind="stable")[:, :count]
 
 

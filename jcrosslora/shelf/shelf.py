@@ -184,7 +184,7 @@ class Shelf:
             msg = f"a name or a lift was given for {len(found)} adapters: give it with one adapter at a time"
             raise UsageError(msg)
         if lift is not None and not math.isfinite(lift):
-            raise UsageError(f"lift {lift}: wanted a share of a trained adapter's gain, such as 0.8")
+            raise UsageError(f"lift {lift}: expected a share of a trained adapter's gain, such as 0.8")
         found = [Found(name, one.ref) for one in found] if name is not None else found
         given = None if prompts is None else records.given_samples(prompts)
         info = describe_base(self.base, digest=self.info.digest)

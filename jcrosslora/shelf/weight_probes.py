@@ -139,7 +139,7 @@ class ProbeSettings:
         """Raise UsageError if a setting is out of range."""
         if self.steps < 1 or self.batch < 2 or not 0 < self.rate < float("inf"):
             came = f"steps {self.steps}, batch {self.batch}, rate {self.rate}"
-            raise UsageError(f"{came}: wanted 1 step or more, 2 adapters or more in a batch, and a rate above 0")
+            raise UsageError(f"{came}: expected 1 step or more, 2 adapters or more in a batch, and a rate above 0")
 
 
 def contrastive_loss(parameters: Mapping[str, jax.Array], weights: Weights, texts: jax.Array) -> jax.Array:
@@ -268,7 +268,7 @@ def train_weights(
     """
     used = [number for number, vectors in enumerate(samples) if len(vectors)]
     if len(used) < 2:
-        msg = f"{len(used)} adapters with samples, 2 are wanted to tell them apart: give --prompts with `shelf add`"
+        msg = f"{len(used)} adapters with samples, 2 are needed to tell them apart: give --prompts with `shelf add`"
         raise UsageError(msg)
     whitened = [unit_rows(means.whitened(samples[number])).astype(np.float32) for number in used]
     held_out = [np.arange(len(vectors)) % _HELD_OUT == _HELD_OUT - 1 for vectors in whitened]

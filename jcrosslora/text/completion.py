@@ -11,7 +11,7 @@ Role = Literal["system", "user", "assistant"]
 Taught = Literal["nothing", "end", "answer"]
 COMPLETIONS = "completions.jsonl"  # the file of completions next to an adapter
 
-_WANTED = 'wanted {"messages": [{"role": "user", "content": text}, ...]} with roles system, user and assistant'
+_WANTED = 'expected {"messages": [{"role": "user", "content": text}, ...]} with roles system, user and assistant'
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def parse_prompt(value: Any, place: str) -> tuple[Message, ...]:
     """Read the value of "messages" as `parse_messages` does, without the assistant's answer at the end."""
     prompt, _ = split_answer(parse_messages(value, place))
     if not prompt:
-        raise UsageError(f"{place}: has only an answer, wanted a message of the user before it")
+        raise UsageError(f"{place}: has only an answer, expected a message of the user before it")
     return prompt
 
 

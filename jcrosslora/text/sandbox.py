@@ -58,7 +58,7 @@ _LOCK = threading.Lock()  # there is one budget
 def run_template(source: str, messages: Sequence[dict[str, Any]], **names: Any) -> str:
     """Render a chat template, which may raise anything; raise TemplateError if it exceeds its work budget."""
     if len(source) > _SOURCE:
-        raise TemplateError(f"it has {len(source):,} characters, wanted at most {_SOURCE:,}")
+        raise TemplateError(f"it has {len(source):,} characters, expected at most {_SOURCE:,}")
     said = sum(len(value) for message in messages for value in message.values() if isinstance(value, str))
     with _LOCK:
         LEFT.work = _WORK
@@ -138,10 +138,10 @@ class _Environment(ImmutableSandboxedEnvironment):
             count = right if isinstance(right, int) else left
             LEFT.spend(VALUE + lengths[0] * max(count if isinstance(count, int) else 0, 0))
         elif lengths:
-            msg = f"it computes {type(left).__name__} {operator} {type(right).__name__}, wanted numbers"
+            msg = f"it computes {type(left).__name__} {operator} {type(right).__name__}, expected numbers"
             raise TemplateRuntimeError(msg)
         elif operator == "**" and isinstance(right, int) and abs(right) > _POWER:
-            raise TemplateRuntimeError(f"an exponent is {right}, wanted at most {_POWER}")
+            raise TemplateRuntimeError(f"an exponent is {right}, expected at most {_POWER}")
         return checked_number(super().call_binop(context, operator, left, right))
 
     def getitem(self, obj: Any, argument: Any) -> Any:

@@ -116,7 +116,7 @@ def growth(*values: Any) -> int:
 def checked_number(value: Any) -> Any:
     """Return a value; raise TemplateRuntimeError for an integer that is too large to compute with quickly."""
     if isinstance(value, int) and value.bit_length() > _BITS:
-        raise TemplateRuntimeError(f"it computes a whole number of {value.bit_length()} bits, wanted at most {_BITS}")
+        raise TemplateRuntimeError(f"it computes a whole number of {value.bit_length()} bits, expected at most {_BITS}")
     return value
 
 

@@ -81,7 +81,7 @@ class TrainingSettings(Settings):
         rules["modules"] = listed and set(modules or ROLES) <= set(ROLES), f"a tuple of {wanted_roles(modules)}"
         for name, (holds, wanted) in rules.items():
             if not holds:
-                raise UsageError(f"training with {name} {getattr(self, name)!r}: wanted {wanted}")
+                raise UsageError(f"training with {name} {getattr(self, name)!r}: expected {wanted}")
 
 
 _KEPT = 2

@@ -139,7 +139,7 @@ def fit_magnitudes(
     modules = roles_named(settings.modules, stacked.roles)
     units = {role: norms for role, norms in first_magnitudes(stacked).items() if role in modules}
     if not any(np.any(norms) for norms in units.values()):
-        msg = f"{adapter.info.name} has no update of {', '.join(modules)}: wanted one whose magnitude to train"
+        msg = f"{adapter.info.name} has no update of {', '.join(modules)}: expected one whose magnitude to train"
         raise UsageError(msg)
     loaded = model or load_model(base, settings.dtype)
     tokenizer = tokenizer or tokenizer_of(base, adapter.info.chat_template)
@@ -197,7 +197,7 @@ def train(
     adds what else determines the numbers, and overrides settings of the same names.
     """
     if not examples or every < 1:
-        raise UsageError(f"{len(examples)} examples with a checkpoint every {every} steps: wanted 1 or more of both")
+        raise UsageError(f"{len(examples)} examples with a checkpoint every {every} steps: expected 1 or more of both")
     tokenizer = tokenizer or load_tokenizer(base)
     encoded = [batches.encode(tokenizer, one, settings.loss) for one in examples]
     plan = Plan(encoded, settings.batch, settings.steps, settings.seed)

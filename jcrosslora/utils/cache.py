@@ -285,7 +285,7 @@ def cache_limit() -> int:
     """
     stated = os.environ.get("JCROSSLORA_CACHE_SIZE") or str(_DEFAULT_LIMIT)
     if (size := parse_size(stated)) is None:
-        msg = f"JCROSSLORA_CACHE_SIZE is {stated!r}, wanted a number of bytes such as 500MB or 20G; 0 turns it off"
+        msg = f"JCROSSLORA_CACHE_SIZE is {stated!r}, expected a number of bytes such as 500MB or 20G; 0 turns it off"
         raise UsageError(msg)
     return size
 

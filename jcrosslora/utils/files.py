@@ -51,7 +51,7 @@ def ensure_free(out: str | Path, overwrite: bool) -> None:
         _check_replaceable(out, overwrite)
     parent = next(one for one in out.parents if os.path.lexists(one) or one == one.parent)
     if not parent.is_dir():
-        raise OutputError(f"{out}: {parent} is a file, a folder was wanted: choose another output")
+        raise OutputError(f"{out}: {parent} is a file, expected a folder: choose another output")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{out}: {parent} cannot be written to: choose another output, or change its permissions")
 
@@ -154,7 +154,7 @@ def read_small_text(path: Path, most: int = SMALL) -> str:
 def _check_replaceable(out: Path, overwrite: bool) -> None:
     if out.is_symlink() or not out.is_dir():
         kind = "a symbolic link" if out.is_symlink() else "a file"
-        raise OutputError(f"{out}: {kind} exists there, wanted a new folder: choose another output")
+        raise OutputError(f"{out}: {kind} exists there, expected a new folder: choose another output")
     try:
         names = os.listdir(out)
     except OSError as error:

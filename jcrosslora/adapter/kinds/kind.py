@@ -80,11 +80,11 @@ class ParsedAdapter:
         """Copy a tensor into memory, C-contiguous; raises an AdapterError for an empty axis or non-finite values."""
         entry = self.stored.entries[key]
         if entry.dtype not in dtypes:
-            msg = f"{self.path}: tensor {key!r} has dtype {entry.dtype}, one of {', '.join(dtypes)} was wanted: "
+            msg = f"{self.path}: tensor {key!r} has dtype {entry.dtype}, expected one of {', '.join(dtypes)}: "
             raise AdapterError(msg + "convert it")
         if len(entry.shape) != axes or 0 in entry.shape:
             wanted = {1: "a vector", 2: "a matrix"}.get(axes, f"an array of {axes} axes")
-            msg = f"{self.path}: tensor {key!r} has shape {list(entry.shape)}, {wanted} was wanted"
+            msg = f"{self.path}: tensor {key!r} has shape {list(entry.shape)}, expected {wanted}"
             raise AdapterError(msg + ": adapters of other layers than linear ones are not supported")
         with as_adapter_errors():
             array = np.array(self.stored.array(key), order="C")

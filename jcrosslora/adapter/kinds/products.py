@@ -52,7 +52,7 @@ def read_factors(file: ParsedAdapter, module: str) -> LoRAFactors:
     a, b = _read_pair(file, module)
     if a.shape[0] != b.shape[1]:
         msg = f"{file.path}: module {module!r} has A of shape {list(a.shape)} and B of shape {list(b.shape)}"
-        raise AdapterError(msg + ": A [r, in] and B [out, r] of one rank were wanted; the file is damaged")
+        raise AdapterError(msg + ": expected A [r, in] and B [out, r] of one rank; the file is damaged")
     _check_rank_of(file, module, a.shape[0])
     return LoRAFactors(a=a, b=b, scale=file_scale(file.config, module, a.shape[0]))
 
@@ -100,7 +100,7 @@ def _check_alora(config: Config, where: str) -> None:
     check_lora(config, where)
     tokens = config["alora_invocation_tokens"]
     if not isinstance(tokens, list) or not tokens or not all(type(token) is int and token >= 0 for token in tokens):
-        msg = f"{where}: alora_invocation_tokens is {str(tokens)[:60]}, a list of token ids was wanted: correct the "
+        msg = f"{where}: alora_invocation_tokens is {str(tokens)[:60]}, expected a list of token ids: correct the "
         raise AdapterError(msg + "file")
 
 
@@ -132,7 +132,7 @@ def _read_adalora(file: ParsedAdapter, module: str) -> Update | None:
     (a, b), gains = _read_pair(file, module), file.part(module, "lora_E").astype(np.float64)
     if not a.shape[0] == b.shape[1] == gains.size:
         msg = f"{file.path}: module {module!r} has A of shape {list(a.shape)}, B of shape {list(b.shape)} and E of "
-        raise AdapterError(msg + f"shape {list(gains.shape)}: one rank was wanted; the file is damaged")
+        raise AdapterError(msg + f"shape {list(gains.shape)}: expected one rank; the file is damaged")
     alpha = file.config.get("lora_alpha", _ALPHA)
     scale = (alpha if alpha > 0 else a.shape[0]) / (file.config.get("init_r", _INITIAL_RANK) + 1e-5)
     scaled = gains.reshape(-1, 1) * a.astype(np.float64)
@@ -203,8 +203,8 @@ def _read_loha(file: ParsedAdapter, module: str) -> Update:
     rank = a1.shape[0]
     if b1.shape != b2.shape or a1.shape != a2.shape or b1.shape[1] != rank:
         shapes = ", ".join(str(list(matrix.shape)) for matrix in (b1, a1, b2, a2))
-        msg = f"{file.path}: module {module!r} has factors of shapes {shapes}: two pairs [out, r] and [r, in] were "
-        raise AdapterError(msg + "wanted")
+        msg = f"{file.path}: module {module!r} has factors of shapes {shapes}: expected two pairs [out, r] and "
+        raise AdapterError(msg + "[r, in]")
     _check_rank_of(file, module, rank)
     rows, columns = b1.shape[0], a1.shape[1]
     scale = _scale(file, module)
@@ -245,7 +245,7 @@ def _triplets(file: ParsedAdapter, module: str, part: str) -> tuple[np.ndarray, 
     b, a = file.part(module, f"{part}_a"), file.part(module, f"{part}_b")
     if b.shape[1] != a.shape[0]:
         msg = f"{file.path}: module {module!r} has {part}_a of shape {list(b.shape)} and {part}_b of shape "
-        raise AdapterError(msg + f"{list(a.shape)}: [out, r] and [r, in] were wanted; the file is damaged")
+        raise AdapterError(msg + f"{list(a.shape)}: expected [out, r] and [r, in]; the file is damaged")
     return product_svd(b, a)
 
 

@@ -69,7 +69,7 @@ def _projections(file: ParsedAdapter, shapes: Collection[tuple[int, int]]) -> tu
     if "vera_A" in file.shared or "vera_B" in file.shared:
         a, b = file.common("vera_A"), file.common("vera_B")
         if a.shape[0] != b.shape[1]:
-            msg = f"{file.path}: vera_A has shape {list(a.shape)} and vera_B {list(b.shape)}: one rank was wanted"
+            msg = f"{file.path}: vera_A has shape {list(a.shape)} and vera_B {list(b.shape)}: expected one rank"
             raise AdapterError(msg)
         return a.astype(np.float64), b.astype(np.float64)
     # Taken from the length of the gains, because a damaged `r` could claim any size.

@@ -59,7 +59,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     used = _same_in_all_layers(config, "moe_topk")
     other = config.get("num_experts_per_tok")
     if None not in (used, other) and used != other:
-        msg = f"config keys 'moe_topk' and 'num_experts_per_tok' are {used} and {other}, wanted one number"
+        msg = f"config keys 'moe_topk' and 'num_experts_per_tok' are {used} and {other}, expected one number"
         raise CheckpointError(msg)
     used = other if used is None else used
     return {**config, "moe_topk": 1 if used is None else used}
@@ -121,7 +121,7 @@ def _sparse(config: Mapping[str, Any], layers: int) -> list[bool]:
 def _ends(config: Mapping[str, Any]) -> tuple[int, int]:
     start, end = config.get("moe_layer_start_index"), config.get("moe_layer_end_index")
     if not isinstance(start, int) or not isinstance(end, int) or min(start, end) < -1:
-        msg = f"config keys moe_layer_start_index and moe_layer_end_index are {start!r} and {end!r}, wanted layers"
+        msg = f"config keys moe_layer_start_index and moe_layer_end_index are {start!r} and {end!r}, expected layers"
         raise CheckpointError(msg)
     return start, end
 

@@ -115,17 +115,17 @@ def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) ->
     layers = size(stated, "block_count")
     sliding = stated.get(_PATTERN)
     if not isinstance(sliding, list) or len(sliding) != layers or not all(type(one) is bool for one in sliding):
-        msg = f"{_PATTERN} is {str(sliding)[:60]}, wanted a list that says of {layers} layers which have windows"
+        msg = f"{_PATTERN} is {str(sliding)[:60]}, expected a list that says of {layers} layers which have windows"
         raise CheckpointError(msg)
     full = [layer for layer in range(layers) if not sliding[layer]]
     shared = stated.get(_SHARED_LAYERS, 0)
     if type(shared) is not int or not 0 <= shared < layers:
-        raise CheckpointError(f"{_SHARED_LAYERS} is {str(shared)[:60]}, wanted fewer than {layers} layers")
+        raise CheckpointError(f"{_SHARED_LAYERS} is {str(shared)[:60]}, expected fewer than {layers} layers")
     counts, widths = (_of_layers(stated, key, layers) for key in (_KV, _WIDTH))
     first = layers - shared
     wide = widths[-1] != widths[0]
     if widths != [widths[0]] * first + [(1 + wide) * widths[0]] * shared:
-        msg = f"{_WIDTH} is {str(widths)[:60]}, wanted twice the width for the last {shared} layers, or one for all"
+        msg = f"{_WIDTH} is {str(widths)[:60]}, expected twice the width for the last {shared} layers, or one for all"
         raise CheckpointError(msg)
     own = {layer for layer in full if layer < first}
     return {
@@ -148,7 +148,7 @@ def _of_layers(stated: Mapping[str, Any], key: str, layers: int) -> list[int]:
     value = stated.get(key)
     found: list[Any] = value if isinstance(value, list) else [value] * layers
     if len(found) != layers or not all(type(one) is int and one > 0 for one in found):
-        msg = f"{key} is {str(value)[:60]}, wanted a positive integer, or one for each of {layers} layers"
+        msg = f"{key} is {str(value)[:60]}, expected a positive integer, or one for each of {layers} layers"
         raise CheckpointError(msg)
     return found
 

@@ -240,7 +240,7 @@ def _from_gguf(stated: Mapping[str, Any], _held: Mapping[str, frozenset[int]]) -
     }
     for key, value in wanted.items():
         if stated.get(key, value) != value:
-            msg = f"llama4.{key} is {str(stated[key])[:60]}, wanted {value} or nothing: use the safetensors"
+            msg = f"llama4.{key} is {str(stated[key])[:60]}, expected {value} or nothing: use the safetensors"
             raise CheckpointError(msg)
     return {
         "intermediate_size": stated.get("expert_feed_forward_length"),

@@ -68,7 +68,7 @@ def _resolve_granite(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in the kinds of layers, the width of the MLP for all tokens, and the width of any experts."""
     count = config.get("num_local_experts", 8)
     if type(count) is not int or count < 0:
-        msg = f"config key 'num_local_experts' is {str(count)[:60]!r}, wanted the number of experts, 0 for none"
+        msg = f"config key 'num_local_experts' is {str(count)[:60]!r}, expected the number of experts, 0 for none"
         raise CheckpointError(msg)
     if config.get("position_embedding_type") not in (None, "rope", "nope"):
         msg = f"position_embedding_type {config['position_embedding_type']!r} is not supported; supported: rope, nope"

@@ -26,10 +26,8 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     if stated is None and isinstance(pattern, str) and set(pattern) <= set(_LETTERS):
         stated = [_LETTERS[letter] for letter in pattern]
     if not isinstance(stated, list | tuple) or not 0 < len(stated) <= MOST_LAYERS:
-        msg = (
-            f"layers_block_type is {str(stated)[:60]} and hybrid_override_pattern {str(pattern)[:60]!r}, wanted a list "
-        )
-        raise CheckpointError(msg + f"of kinds, or a pattern of {' '.join(_LETTERS)}, with one for each layer")
+        msg = f"layers_block_type is {str(stated)[:60]} and hybrid_override_pattern {str(pattern)[:60]!r}, expected a "
+        raise CheckpointError(msg + f"list of kinds, or a pattern of {' '.join(_LETTERS)}, with one for each layer")
     kinds = layer_kinds({"layer_types": stated}, _NAMES, len(stated))
     _mamba(config)  # whose sizes are checked
     return {**config, "layers_block_type": kinds, "num_hidden_layers": len(stated)}
@@ -74,13 +72,13 @@ def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) ->
     """Return the kinds of layers, from two lists, and settings that files state differently."""
     epsilons = [stated.get(f"attention.layer_norm_{name}") for name in ("rms_epsilon", "epsilon")]
     if len({repr(one) for one in epsilons} - {"None"}) != 1:
-        msg = f"attention.layer_norm_rms_epsilon and layer_norm_epsilon are {str(epsilons)[:60]}, wanted one number"
+        msg = f"attention.layer_norm_rms_epsilon and layer_norm_epsilon are {str(epsilons)[:60]}, expected one number"
         raise CheckpointError(msg)
     keys = "attention.head_count_kv", "feed_forward_length"
     lists = [stated.get(key) for key in keys]
     for key, one in zip(keys, lists, strict=True):
         if not isinstance(one, list) or len(one) != stated.get("block_count"):
-            msg = f"{key} is {str(one)[:60]}, wanted a list with an entry for each of block_count layers"
+            msg = f"{key} is {str(one)[:60]}, expected a list with an entry for each of block_count layers"
             raise CheckpointError(msg)
     mlp = _EXPERTS if stated.get("expert_count") else _MLP
     kinds = [mlp if width else _ATTENTION if heads else _MAMBA for heads, width in zip(*lists, strict=True)]

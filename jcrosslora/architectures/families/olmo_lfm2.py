@@ -182,7 +182,7 @@ def _resolve_moe(config: Mapping[str, Any]) -> dict[str, Any]:
     _taps(config)  # which is checked
     kinds = layer_kinds(config, {_CONV: _CONV, FULL: FULL})
     if kinds is None:
-        raise CheckpointError("config key 'layer_types' is missing, wanted the kind of each layer")
+        raise CheckpointError("config key 'layer_types' is missing, expected the kind of each layer")
     return _tied(config)
 
 

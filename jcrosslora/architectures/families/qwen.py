@@ -111,7 +111,7 @@ def _from_gguf(stated: Mapping[str, Any], _held: Mapping[str, frozenset[int]]) -
         return found | {"full_attention_interval": size(stated, "full_attention_interval", 4)}
     layers = size(stated, "block_count") - (stated.get("nextn_predict_layers") or 0)
     if not isinstance(flags, list) or len(flags) < layers:
-        raise CheckpointError(f"attention.recurrent_layers is {str(flags)[:60]}, wanted a flag for each layer")
+        raise CheckpointError(f"attention.recurrent_layers is {str(flags)[:60]}, expected a flag for each layer")
     return found | {"layer_types": [LINEAR if flag else FULL for flag in flags[:layers]]}
 
 

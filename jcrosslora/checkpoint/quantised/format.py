@@ -38,9 +38,9 @@ class Parts:
             self.refuse(f"tensor {name!r} is missing")
         dtype, shape = self._store.dtype(name), self._store.shape(name)
         if dtype not in dtypes:
-            self.refuse(f"tensor {name!r} has dtype {dtype}, wanted {' or '.join(dtypes)}")
+            self.refuse(f"tensor {name!r} has dtype {dtype}, expected {' or '.join(dtypes)}")
         if ndim is not None and len(shape) != ndim:
-            self.refuse(f"tensor {name!r} has shape {list(shape)}, wanted {ndim} dimensions")
+            self.refuse(f"tensor {name!r} has shape {list(shape)}, expected {ndim} dimensions")
         return self._store.tensor(name)
 
     def matrix(self, ending: str, *dtypes: str) -> np.ndarray:

@@ -36,9 +36,9 @@ _LAYOUTS = ("gptq", "gptq_v2", "", None)
 def _gptq_obstacle(settings: Settings) -> str | None:
     layout = _layout(settings)
     if layout not in _LAYOUTS or settings.get("is_marlin_format"):
-        return f"its layout is {'marlin' if settings.get('is_marlin_format') else layout!r}, wanted gptq or gptq_v2"
+        return f"its layout is {'marlin' if settings.get('is_marlin_format') else layout!r}, expected gptq or gptq_v2"
     if settings.get("pack_dtype", "int32") != "int32":
-        return f"its words are {settings['pack_dtype']!r}, wanted int32"
+        return f"its words are {settings['pack_dtype']!r}, expected int32"
     return None
 
 
@@ -77,7 +77,7 @@ def _inputs_and_bits(parts: Parts, settings: Settings, words: int) -> tuple[int,
         inputs = words * WORD // bits
     if type(bits) is not int or bits not in _BITS or words * WORD != inputs * bits:
         stated = settings.get("bits")
-        parts.refuse(f"{words} words for {inputs} inputs (bits: {stated!r} stated), wanted 2, 3, 4 or 8 bits")
+        parts.refuse(f"{words} words for {inputs} inputs (bits: {stated!r} stated), expected 2, 3, 4 or 8 bits")
     return inputs, bits
 
 
@@ -125,8 +125,8 @@ def _awq_obstacle(settings: Settings) -> str | None:
     version = str(settings.get("version") or settings.get("format") or "gemm").lower()
     bits = settings.get("bits", settings.get("w_bit", 4))
     if version != "gemm":
-        return f"its version is {version!r}, wanted gemm"
-    return None if bits == 4 else f"it has {bits!r} bits, wanted 4"
+        return f"its version is {version!r}, expected gemm"
+    return None if bits == 4 else f"it has {bits!r} bits, expected 4"
 
 
 def _open_awq(parts: Parts, _: Settings) -> Packed | None:
@@ -178,7 +178,7 @@ def _open_bitsandbytes4(parts: Parts, _: Settings) -> Packed | None:
     state = _read_state(parts, _STATE + kind)
     stated = state.get("shape")
     if not isinstance(stated, list) or len(stated) != 2:
-        parts.refuse(f"its quant state has shape {str(stated)[:40]}, wanted two sizes")
+        parts.refuse(f"its quant state has shape {str(stated)[:40]}, expected two sizes")
     shape, block = (_size(parts, stated[0]), _size(parts, stated[1])), _size(parts, state.get("blocksize"))
     count = shape[0] * shape[1]
     # Sharded training stores the same bytes with a float dtype.
@@ -216,7 +216,7 @@ def _read_state(parts: Parts, ending: str) -> dict[str, Any]:
 
 def _size(parts: Parts, value: Any) -> int:
     if type(value) is not int or not 0 < value < _SIZE_LIMIT:
-        parts.refuse(f"its quant state has {str(value)[:40]!r} where a size was wanted")
+        parts.refuse(f"its quant state has {str(value)[:40]!r} where a size was expected")
     return value
 
 
@@ -233,7 +233,7 @@ def _block_maxima(parts: Parts, state: dict[str, Any]) -> tuple[int, Callable[[n
     table = parts.array(".weight.nested_quant_map", ("F32",)).reshape(-1)
     block, offset = _size(parts, state.get("nested_blocksize")), state.get("nested_offset")
     if not isinstance(offset, int | float) or not abs(offset) < _LARGEST:
-        parts.refuse(f"its quant state has nested_offset {str(offset)[:40]!r}, wanted a number")
+        parts.refuse(f"its quant state has nested_offset {str(offset)[:40]!r}, expected a number")
     if table.size != 256 or nested.size != -(-places.size // block):
         parts.refuse(f"{places.size} blocks do not fit {nested.size} blocks of {block}, a table of {table.size}")
     return places.size, lambda blocks: table[places[blocks]] * nested[blocks // block] + np.float32(offset)

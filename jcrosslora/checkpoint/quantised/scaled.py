@@ -34,7 +34,7 @@ def compressed_obstacle(settings: Settings) -> str | None:
     else:
         own = [whole]
     if unread := [name for name in own if name not in _READ]:
-        return f"its format is {unread[0]!r}, wanted one of {', '.join(_READ)}"
+        return f"its format is {unread[0]!r}, expected one of {', '.join(_READ)}"
     sparsity = settings.get("sparsity_config")
     if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
         return f"its weights are stored sparse ({sparsity['format']!r})"

@@ -193,15 +193,15 @@ class ServedModel(Settings):
         except ValueError:
             parts, port = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-            raise UsageError(f"source_url is {self.url[:200]!r}, wanted an address such as http://host:8000/v1")
+            raise UsageError(f"source_url is {self.url[:200]!r}, expected an address such as http://host:8000/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
             msg = "source_url holds a name, a password or a query, which do not belong there: give a key by the "
             raise UsageError(msg + "environment variable JCROSSLORA_SOURCE_KEY or OPENAI_API_KEY")
         for name in ("top_logprobs", "requests"):
             if getattr(self, name) < 1:
-                raise UsageError(f"source_{name} is {getattr(self, name)}, wanted 1 or more")
+                raise UsageError(f"source_{name} is {getattr(self, name)}, expected 1 or more")
         if not self.timeout > 0:
-            raise UsageError(f"the timeout of the source is {self.timeout}, wanted a positive number of seconds")
+            raise UsageError(f"the timeout of the source is {self.timeout}, expected a positive number of seconds")
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Connection:
         def check(answer: Completion) -> tuple[str, bool]:
             (choice,) = answer.of(1)
             if choice.finish_reason not in ("stop", "length"):
-                raise DamagedError(f"finish_reason is {choice.finish_reason!r:.40}, wanted stop or length")
+                raise DamagedError(f"finish_reason is {choice.finish_reason!r:.40}, expected stop or length")
             return choice.text, choice.finish_reason == "stop"
 
         return self._asked("write", {**side, **self._writing, **fields}, tuple[str, bool], check)

@@ -140,7 +140,9 @@ class LogProbs(msgspec.Struct, frozen=True):
             return self.content
         sizes = [len(self.tokens or ()), len(self.token_logprobs), len(self.top_logprobs)]
         if len(set(sizes)) > 1:
-            raise DamagedError(f"tokens, token_logprobs and top_logprobs have {sizes} entries, wanted as many of each")
+            raise DamagedError(
+                f"tokens, token_logprobs and top_logprobs have {sizes} entries, expected as many of each"
+            )
         rows = zip(self.tokens or (), self.token_logprobs, self.top_logprobs, strict=True)
         return [
             Position(token, value, top_logprobs=[Likely(*pair) for pair in (top or {}).items()])
@@ -206,7 +208,7 @@ class TokenNames:
             return self._checked(one.id)
         if one.token.startswith(_BY_ID):
             if re.fullmatch("[0-9]{1,19}", number := one.token.removeprefix(_BY_ID)) is None:
-                raise DamagedError(f"a token is called {one.token[:40]!r}, wanted {_BY_ID} with a number")
+                raise DamagedError(f"a token is called {one.token[:40]!r}, expected {_BY_ID} with a number")
             return self._checked(int(number))
         if one.bytes:
             return self._ids.get(bytes(one.bytes))
@@ -233,11 +235,11 @@ def _check_mass(one: Position, size: int) -> None:
             shares[name] = max(math.exp(each.value), shares.get(name, 0.0))
     if (mass := sum(shares.values())) > _MOST_MASS:
         msg = f"top_logprobs in the place of {one.token[:20]!r} stand for probabilities that sum to {mass:.4g}"
-        raise DamagedError(msg + ", wanted 1 at most")
+        raise DamagedError(msg + ", expected 1 at most")
     # The sampled token, or the text's, may be listed in addition to the likeliest, and bounds no other.
     others = [each for each in one.top_logprobs if (each.id, each.token) != (one.id, one.token)]
     known = [each.value for each in others if each.value is not None]
     most = mass + (size - len(known)) * math.exp(min(known, default=0.0))
     if most < 1 / _MOST_MASS and all(each.id is not None or each.token.startswith(_BY_ID) for each in others):
         msg = f"top_logprobs in the place of {one.token[:20]!r} leave probabilities that sum to {most:.4g} at most, "
-        raise DamagedError(msg + "wanted 1: check that the server tells the model's log-probabilities as they are")
+        raise DamagedError(msg + "expected 1: check that the server tells the model's log-probabilities as they are")

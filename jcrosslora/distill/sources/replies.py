@@ -48,7 +48,7 @@ class Completion(msgspec.Struct, frozen=True):
         """Return the answers in the order of the prompts; raise DamagedError if there is not one for each."""
         found = sorted(self.choices, key=lambda choice: choice.index)
         if [choice.index for choice in found] != list(range(prompts)):
-            msg = f"choices have the indices {[choice.index for choice in found][:40]}, wanted 0 to {prompts - 1}"
+            msg = f"choices have the indices {[choice.index for choice in found][:40]}, expected 0 to {prompts - 1}"
             raise DamagedError(msg)
         return found
 
@@ -121,7 +121,7 @@ def _switched(client: Client, served: ServedModel) -> Dialect:
     chosen = [one for one, fits in zip(adapters, named, strict=True) if fits] or adapters
     if len(chosen) != 1:
         had = ", ".join(path.name for path in paths) or "none"
-        msg = f"{client.url}: one adapter was wanted, and the server has {had}: start it with --lora adapter.gguf"
+        msg = f"{client.url}: expected one adapter, and the server has {had}: start it with --lora adapter.gguf"
         raise SourceError(msg)
 
     def scaled(scale: float) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _bars(evaluation: Evaluation) -> tuple[str, Key]:
 
 
 def _places(picture: Picture, bottom: float, tall: float) -> list[tuple[float, float, float, float]]:
-    """Return the panels' bounds as shares of a sheet that is `tall` inches high; the picture starts at `bottom` inches."""
+    """Return the panels' bounds as shares of a sheet of `tall` inches; the picture starts at `bottom` inches."""
     share, start = sum(picture.heights) / tall, bottom / tall
     bounds = [axes.get_position().bounds for axes in picture.figure().axes]
     return [(left, start + low * share, width, height * share) for left, low, width, height in bounds]

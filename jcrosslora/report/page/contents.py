@@ -53,7 +53,7 @@ class Example(msgspec.Struct, frozen=True):
 
 
 class _Output(msgspec.Struct, frozen=True):
-    """The output of `jcrosslora evaluate --json`: it counts `questions` with choices, or `examples` answered in writing."""
+    """The output of `jcrosslora evaluate --json`, with `questions` of choices or `examples` answered in writing."""
 
     models: list[dict[str, str | Figure]]
     not_scored: list[str]
@@ -127,7 +127,7 @@ class Evaluation:
             name = _called(said, names)
             if name is None or name in parts:
                 came = f"is the {parts[name]} adapter already" if name else "is not among those evaluated"
-                known = f"wanted one of {', '.join(names) or 'none: only the base was evaluated'}"
+                known = f"expected one of {', '.join(names) or 'none: only the base was evaluated'}"
                 raise UsageError(f"{part} adapter {said!r} {came}{suggestion(said, names)}: {known}")
             parts[name] = part
         if "trained" not in parts.values() and self.trained in names and self.trained not in parts:
@@ -212,7 +212,7 @@ def parse_evaluation(content: bytes, place: str) -> Evaluation:
     names = [model.name for model in models]
     if not models or not count > 0 or len(set(names)) < len(names):
         msg = f"{place}: has {count} examples and the models {', '.join(names) or 'none'}, "
-        msg += f"wanted 1 or more of both and names that differ: {_ADVICE}"
+        msg += f"expected 1 or more of both and names that differ: {_ADVICE}"
         raise UsageError(msg)
     if any(len(one.written) != len(models) for one in found.answers):
         raise UsageError(f"{place}: is damaged (an example without the answers of all {len(models)} models): {_ADVICE}")
@@ -281,5 +281,5 @@ def _text(line: bytes, place: str) -> str:
             return "\n".join(message["content"] for message in entry["messages"])
         return "".join((entry["prompt"], entry["completion"]))
     except (ValueError, RecursionError, KeyError, TypeError) as error:
-        msg = f'{place}: is damaged, wanted {{"messages"}} or {{"prompt", "completion"}}: move the adapter again'
+        msg = f'{place}: is damaged, expected {{"messages"}} or {{"prompt", "completion"}}: move the adapter again'
         raise UsageError(msg) from error

@@ -25,7 +25,7 @@ _SHOWN = 10
 _TEXTS = 5  # shown in a notebook, evenly spread
 _GOOD, _MIDDLING = "#2e7d32", "#b26a00"
 _COLOURS = {"works": _GOOD, "aligned": _GOOD, **dict.fromkeys(("partly", "weak", "unknown", "control"), _MIDDLING)}
-_BOX = "white-space:pre-wrap;overflow-wrap:anywhere;max-height:14rem;overflow-y:auto;margin:6px 0"  # of texts in a notebook
+_BOX = "white-space:pre-wrap;overflow-wrap:anywhere;max-height:14rem;overflow-y:auto;margin:6px 0"  # style of texts
 _LONGEST = 4000  # characters of a text
 _ROOM = 300_000  # characters of all texts together, so that many adapters do not make a large page
 # Answers of random and other adapters would tell a newcomer no more than the bars do.

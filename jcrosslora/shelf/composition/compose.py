@@ -143,12 +143,12 @@ def _with_arrays(
     wanted = updates.by_module(base)
     if wrong := sorted(wanted.keys() ^ arrays.keys()):
         what = "lacks" if wrong[0] in wanted else "holds"
-        msg = f"{folder}: {ARRAYS} {what} {wrong[0]}, and an array of each module that an adapter updates is wanted: "
+        msg = f"{folder}: {ARRAYS} {what} {wrong[0]}, and an array of each module that an adapter updates is needed: "
         raise AdapterError(msg + "save the composition again")
     for name, array in arrays.items():
         if array.shape != wanted[name].shape or array.dtype != np.float32:
             came = f"{name} of shape {list(array.shape)} and {array.dtype}"
-            msg = f"{folder}: {came}, wanted float32 {list(wanted[name].shape)}: it belongs to another base"
+            msg = f"{folder}: {came}, expected float32 {list(wanted[name].shape)}: it belongs to another base"
             raise AdapterError(msg)
     found: dict[str, Arrays] = {}
     for role, one in updates.roles.items():

@@ -110,7 +110,9 @@ class Composed:
         """
         if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 <= seed < 1 << 32:
             came = f"max_new_tokens {max_new_tokens}, temperature {temperature} and seed {seed}"
-            raise UsageError(f"{came}: wanted 1 token or more, a temperature from 0 on, and a seed from 0 to 2^32 - 1")
+            raise UsageError(
+                f"{came}: expected 1 token or more, a temperature from 0 on, and a seed from 0 to 2^32 - 1"
+            )
         asked = as_prompts(prompts)
         shares = _shares_of(self.how, weights, asked, len(self.adapters))
         model, names = self.model.with_adapter(self.updates), (self.base.ref, " with ".join(self.names))
@@ -285,11 +287,11 @@ def _shares_of(how: Composition, weights: Weights, prompts: Sequence[Prompt], co
     try:
         found = np.asarray(given, np.float32)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"weights are {str(given)[:60]!r}: wanted a number for each of {count} adapters") from error
+        raise UsageError(f"weights are {str(given)[:60]!r}: expected a number for each of {count} adapters") from error
     if found.shape not in ((count,), (len(prompts), count)):
-        msg = f"weights have shape {list(found.shape)}: wanted [{count}], one for each adapter, or "
+        msg = f"weights have shape {list(found.shape)}: expected [{count}], one for each adapter, or "
         raise UsageError(msg + f"[{len(prompts)}, {count}], with a row for each prompt")
     if not np.isfinite(found).all() or (found < 0).any():
         bad = found[~np.isfinite(found) | (found < 0)][0]
-        raise UsageError(f"a weight is {bad:g}: wanted numbers from 0 on; a row of zeros is the base alone")
+        raise UsageError(f"a weight is {bad:g}: expected numbers from 0 on; a row of zeros is the base alone")
     return how.shares(np.broadcast_to(found, (len(prompts), count)))

@@ -174,7 +174,7 @@ class Router(Learned):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise UsageError(f"a router of rank {self.rank}: wanted 1 or more")
+            raise UsageError(f"a router of rank {self.rank}: expected 1 or more")
 
     def first_arrays(self, updates: Updates, seed: int) -> Arrays:
         """Draw A_r uniformly in +-1/sqrt(I) and set B_r to zero, as LoRA does."""
