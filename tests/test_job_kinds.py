@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jcrosslora.distill import TEMPLATES
-from jcrosslora.distill.task_search.answers import Scored, distinct
+from jcrosslora.distill.task_search.answers import ScoredAnswer, distinct
 from jcrosslora.distill.task_search.kinds import (
     ANSWERS,
     KINDS,
@@ -31,7 +31,7 @@ REQUESTS = list(KIND_OF)
 
 def scored(text, value, answer="It is so.", doubt=0.3, surprise=40.0):
     item = Completion(TEMPLATES[0].wrap(text), answer)
-    return Scored(item, TEMPLATES[0], value * surprise, surprise, doubt * surprise)
+    return ScoredAnswer(item, TEMPLATES[0], value * surprise, surprise, doubt * surprise)
 
 
 class Probes:

@@ -74,10 +74,10 @@ def parse_examples(entries: Sequence[Any]) -> list[Example]:
     ]
 
 
-def _parsed(entry: Any, place: str) -> Completion:
+def _parsed(entry: Any, where: str) -> Completion:
     if isinstance(entry, Mapping) and "messages" in entry:
-        return _conversation(dict(entry), place)
-    return _prompted(dict(entry) if isinstance(entry, Mapping) else {}, shortened(ascii(entry)), place)
+        return _conversation(dict(entry), where)
+    return _prompted(dict(entry) if isinstance(entry, Mapping) else {}, shortened(ascii(entry)), where)
 
 
 def read_task(path: str | Path) -> list[Question]:
@@ -146,48 +146,48 @@ def _read_lines(path: Path) -> list[tuple[int, bytes]]:
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _question(line: bytes, place: str) -> Question:
+def _question(line: bytes, where: str) -> Question:
     try:
         entry = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
-        raise _refusal(place, "is not UTF-8 JSON") from None
+        raise _refusal(where, "is not UTF-8 JSON") from None
     if not isinstance(entry, dict):
-        raise _refusal(place, f"is of type {type(entry).__name__}")
+        raise _refusal(where, f"is of type {type(entry).__name__}")
     for key in ("question", "choices", "answer"):
         if key not in entry:
-            raise _refusal(place, f"has no {key!r}")
+            raise _refusal(where, f"has no {key!r}")
     question, choices, answer = entry["question"], entry["choices"], entry["answer"]
     if not is_text(question):
-        raise _refusal(place, f"has the question {shortened(ascii(question))}")
+        raise _refusal(where, f"has the question {shortened(ascii(question))}")
     if not isinstance(choices, list) or not choices or not all(is_text(choice) for choice in choices):
-        raise _refusal(place, f"has the choices {shortened(ascii(choices))}")
+        raise _refusal(where, f"has the choices {shortened(ascii(choices))}")
     if type(answer) is not int or not 0 <= answer < len(choices):
-        raise _refusal(place, f"has the answer {shortened(ascii(answer))} for {len(choices)} choices")
+        raise _refusal(where, f"has the answer {shortened(ascii(answer))} for {len(choices)} choices")
     return Question(question, tuple(choices), answer)
 
 
-def _refusal(place: str, came: str) -> UsageError:
-    return UsageError(f"{place}: {came}, {_QUESTION} with texts that are not blank and an index from 0")
+def _refusal(where: str, came: str) -> UsageError:
+    return UsageError(f"{where}: {came}, {_QUESTION} with texts that are not blank and an index from 0")
 
 
-def _conversation(entry: dict[str, Any], place: str) -> Completion:
-    prompt, answer = split_answer(parse_messages(entry.get("messages"), place))
+def _conversation(entry: dict[str, Any], where: str) -> Completion:
+    prompt, answer = split_answer(parse_messages(entry.get("messages"), where))
     if not prompt or answer is None:
-        raise UsageError(f"{place}: its messages do not end with an answer of the assistant after another message")
-    return Completion(prompt, answer, references=_references(entry, place))
+        raise UsageError(f"{where}: its messages do not end with an answer of the assistant after another message")
+    return Completion(prompt, answer, references=_references(entry, where))
 
 
-def _prompted(entry: Mapping[str, Any], shown: str, place: str) -> Completion:
+def _prompted(entry: Mapping[str, Any], shown: str, where: str) -> Completion:
     prompt, answer = map(entry.get, ("prompt", "answer"))
     if not is_text(prompt) or not is_text(answer):
-        raise UsageError(f'{place}: is {shown}, expected {{"prompt": text, "answer": text}} with texts not blank')
-    return Completion(prompt, f" {answer}", references=_references(entry, place))
+        raise UsageError(f'{where}: is {shown}, expected {{"prompt": text, "answer": text}} with texts not blank')
+    return Completion(prompt, f" {answer}", references=_references(entry, where))
 
 
-def _references(entry: Mapping[str, Any], place: str) -> tuple[str, ...]:
+def _references(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
     found = entry.get("references", [])
     if not isinstance(found, list) or not all(map(is_text, found)):
-        raise UsageError(f"{place}: references is {ascii(found)[:60]}, expected a list of texts that are not blank")
+        raise UsageError(f"{where}: references is {ascii(found)[:60]}, expected a list of texts that are not blank")
     return tuple(found)
 
 
@@ -221,16 +221,16 @@ def _is_json_prompt(line: str) -> bool:
     return not parse_object(line).keys().isdisjoint(_PROMPT_KEYS)
 
 
-def _prompt_of(line: str, place: str) -> Prompt:
+def _prompt_of(line: str, where: str) -> Prompt:
     entry = parse_object(line)
     if "messages" in entry:
-        return parse_prompt(entry["messages"], place)
+        return parse_prompt(entry["messages"], where)
     text = entry.get("text", entry.get("prompt"))
     if not isinstance(text, str):
-        msg = f'{place}: is not a JSON object with a string "text": write {{"text": "..."}} on each line, '
+        msg = f'{where}: is not a JSON object with a string "text": write {{"text": "..."}} on each line, '
         raise UsageError(msg + '{"prompt": "..."} or {"messages": [...]}')
     if not _is_utf8(text):
-        raise UsageError(f"{place}: the text has half of a surrogate pair: write whole characters")
+        raise UsageError(f"{where}: the text has half of a surrogate pair: write whole characters")
     return text
 
 

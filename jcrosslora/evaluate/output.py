@@ -86,19 +86,19 @@ def answers_json(
         **_trained(answers, trained),
     }
     shown = from_start(range(len(answers.examples)), show)
-    return found | ({"answers": [_example(answers, place) for place in shown]} if show else {})
+    return found | ({"answers": [_example(answers, index) for index in shown]} if show else {})
 
 
 def print_scores(scores: Scores, console: Console) -> None:
     """Print each figure of each model with its interval, and its difference to the base as a figure and a word."""
     console.print(f"{len(scores.answers)} questions, 95% intervals", highlight=False)
-    for place, (name, rows) in enumerate(figure_rows(scores)):
+    for index, (name, rows) in enumerate(figure_rows(scores)):
         # Names have a line each, for the figures to fit 80 columns.
         console.print(Text(name, style="bold"), soft_wrap=True)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("", min_width=max(map(len, _TITLES_OF_CHOICES.values())))
         table.add_column("value", justify="right", min_width=len("0.000 [0.000, 0.000]"))
-        table.add_column("minus base" if place else "", justify="right")
+        table.add_column("minus base" if index else "", justify="right")
         table.add_column("")
         for row in rows:
             table.add_row(*map(Text, (row.figure, row.value, row.minus_base, row.word)))
@@ -135,14 +135,14 @@ def answers_page(answers: Answers) -> str:
     title = html_text(f"Answers of {public_name(answers.names[0])}, alone and with adapters")
     figures = [
         {
-            "model": "" if place else name,
+            "model": "" if index else name,
             "figure": row.figure,
             "value": row.value,
             "minus base": row.minus_base,
             "": row.word,
         }
         for name, (_, rows) in zip(names, figure_rows(answers), strict=True)
-        for place, row in enumerate(rows)
+        for index, row in enumerate(rows)
     ]
     heads = ["", "prompt", "right answer", *names]
     parts = [
@@ -167,23 +167,23 @@ def _models(scores: Scores | Answers, trained: str | None) -> list[dict[str, Any
     models: list[dict[str, Any]] = [{"name": name} for name in public_names(scores.names)]
     for figure in scores.figures:
         found = zip(models, scores.bootstrap(figure), scores.differences(figure), strict=True)
-        for place, (model, value, difference) in enumerate(found):
-            model[figure] = asdict(value) | ({"minus_base": asdict(difference)} if place else {})
+        for index, (model, value, difference) in enumerate(found):
+            model[figure] = asdict(value) | ({"minus_base": asdict(difference)} if index else {})
         for model, share in zip(models, [] if oracle is None else lifts(scores, figure, oracle), strict=False):
             model[figure] |= {} if share is None else {"lift": asdict(share)}
     return models
 
 
-def _example(answers: Answers, place: int) -> dict[str, Any]:
+def _example(answers: Answers, index: int) -> dict[str, Any]:
     """Return an example with the answer of each model."""
     written = [
-        {"name": name, "text": texts[place], "ended": bool(ended[place]), "exact": bool(exact[place])}
+        {"name": name, "text": texts[index], "ended": bool(ended[index]), "exact": bool(exact[index])}
         for name, texts, ended, exact in zip(
             public_names(answers.names), answers.texts, answers.ended, answers.by_example("exact"), strict=True
         )
     ]
-    prompt = prompt_text(answers.examples[place].prompt)
-    return {"example": place + 1, "prompt": prompt, "right": list(answers.references[place]), "written": written}
+    prompt = prompt_text(answers.examples[index].prompt)
+    return {"example": index + 1, "prompt": prompt, "right": list(answers.references[index]), "written": written}
 
 
 def lifts(found: Scores | Answers, figure: str, trained: int) -> list[Interval | None]:
@@ -191,16 +191,16 @@ def lifts(found: Scores | Answers, figure: str, trained: int) -> list[Interval |
 
     `trained` is the index of the adapter that was trained on this base, 1 or more.
     """
-    return [_lift(found, figure, place, trained) for place in range(len(found.names))]
+    return [_lift(found, figure, index, trained) for index in range(len(found.names))]
 
 
 def lift_lines(found: Scores | Answers, trained: int) -> list[str]:
     """Describe the shares of each adapter in a line."""
     shares = {figure: lifts(found, figure, trained) for figure in found.figures}
     return [
-        _line(name, {figure: of[place] for figure, of in shares.items()})
-        for place, name in enumerate(found.names)
-        if place not in (0, trained)
+        _line(name, {figure: of[index] for figure, of in shares.items()})
+        for index, name in enumerate(found.names)
+        if index not in (0, trained)
     ]
 
 
@@ -217,11 +217,11 @@ def place_of(names: Sequence[str], trained: str) -> int:
     return names.index(trained, 1)
 
 
-def _lift(found: Scores | Answers, figure: str, place: int, trained: int) -> Interval | None:
-    if place in (0, trained):
+def _lift(found: Scores | Answers, figure: str, index: int, trained: int) -> Interval | None:
+    if index in (0, trained):
         return None
     try:
-        return found.lift(figure, place, trained)
+        return found.lift(figure, index, trained)
     except UsageError:  # the trained adapter gains nothing beyond the interval
         return None
 
@@ -250,9 +250,9 @@ def figure_rows(found: Scores | Answers) -> list[tuple[str, list[FigureRow]]]:
     models: list[tuple[str, list[FigureRow]]] = [(name, []) for name in found.names]
     for figure in found.figures:
         count = found.values(figure).shape[1]
-        for place, (value, change) in enumerate(zip(found.bootstrap(figure), found.differences(figure), strict=True)):
-            others = (_text(figure, change, "+"), word_of(figure, change, count)) if place else ("", "")
-            models[place][1].append(FigureRow(titles[figure], _text(figure, value), *others))
+        for index, (value, change) in enumerate(zip(found.bootstrap(figure), found.differences(figure), strict=True)):
+            others = (_text(figure, change, "+"), word_of(figure, change, count)) if index else ("", "")
+            models[index][1].append(FigureRow(titles[figure], _text(figure, value), *others))
     return models
 
 
@@ -296,8 +296,8 @@ def _side_by_side(answers: Answers, example: int) -> Table:
 
 def _lines(answers: Answers, example: int) -> Iterator[tuple[str, str, str]]:
     yield "prompt", prompt_text(answers.examples[example].prompt), ""
-    for place, text in enumerate(answers.references[example]):
-        yield "" if place else "right answer", text, ""
+    for index, text in enumerate(answers.references[example]):
+        yield "" if index else "right answer", text, ""
     for model, name in enumerate(labels(answers)):
         yield name, answers.texts[model][example], ", ".join(marks(answers, model, example))
 

@@ -215,15 +215,15 @@ def setting_types() -> dict[str, Any]:
     return hyper_types() | {name: field.type for name, field in OWN_FIELDS.items()} | {"method": str}
 
 
-def read_settings(values: Mapping[str, Any], place: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def read_settings(values: Mapping[str, Any], where: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Check the settings of a transfer and hyper-parameters of methods in a recipe or a plan, see `read_table`.
 
     `more` are the types of other keys. Raises UsageError, also for a setting that only a command may have.
     """
     if typed := [name for name in _TYPED if name in values]:
-        msg = f"{place} sets {typed[0]}, which no file may do: leave it out there, and add {_TYPED[typed[0]]} to the "
+        msg = f"{where} sets {typed[0]}, which no file may do: leave it out there, and add {_TYPED[typed[0]]} to the "
         raise UsageError(msg + "command")
-    return read_table(values, {**(more or {}), **setting_types()}, place)
+    return read_table(values, {**(more or {}), **setting_types()}, where)
 
 
 def read_toml(path: Path, what: str, example: str) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def read_toml(path: Path, what: str, example: str) -> dict[str, Any]:
 
 
 def read_table(
-    values: Mapping[str, Any], kinds: Mapping[str, Any], place: str, required: Collection[str] = ()
+    values: Mapping[str, Any], kinds: Mapping[str, Any], where: str, required: Collection[str] = ()
 ) -> dict[str, Any]:
     """Check the keys of a table, and convert its values to their types: 2 to 2.0, a list to a tuple.
 
@@ -254,11 +254,11 @@ def read_table(
     for key, value in values.items():
         if key not in kinds:
             known = ", ".join(kinds) or "none"
-            raise UsageError(f"{place} has an unknown key {key!r}{suggestion(key, kinds)}; it may have {known}")
+            raise UsageError(f"{where} has an unknown key {key!r}{suggestion(key, kinds)}; it may have {known}")
         try:
             found[key] = convert(value, kinds[key])
         except ValidationError:
-            raise UsageError(f"{place} sets {key} to {value!r}; it must be {wanted_type(kinds[key])}") from None
+            raise UsageError(f"{where} sets {key} to {value!r}; it must be {wanted_type(kinds[key])}") from None
     if missing := [key for key in required if key not in values]:
-        raise UsageError(f"{place} has no {missing[0]}; give it {wanted_type(kinds[missing[0]])}")
+        raise UsageError(f"{where} has no {missing[0]}; give it {wanted_type(kinds[missing[0]])}")
     return found

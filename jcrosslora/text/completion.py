@@ -11,7 +11,7 @@ Role = Literal["system", "user", "assistant"]
 Taught = Literal["nothing", "end", "answer"]
 COMPLETIONS = "completions.jsonl"  # the file of completions next to an adapter
 
-_WANTED = 'expected {"messages": [{"role": "user", "content": text}, ...]} with roles system, user and assistant'
+_EXPECTED = 'expected {"messages": [{"role": "user", "content": text}, ...]} with roles system, user and assistant'
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,20 @@ def is_text(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and value.strip() != "" and not any("\ud800" <= mark <= "\udfff" for mark in value)
 
 
-def parse_messages(value: Any, place: str) -> tuple[Message, ...]:
+def parse_messages(value: Any, where: str) -> tuple[Message, ...]:
     """Read the value of "messages" in a JSON line, a list of {"role", "content"}.
 
-    A content may also be a list of {"type": "text", "text"}. `place` names the line in errors. Raises UsageError if it
+    A content may also be a list of {"type": "text", "text"}. `where` names the line in errors. Raises UsageError if it
     is not such a list, or a content is empty.
     """
     if not isinstance(value, list) or not value:
-        raise UsageError(f"{place}: messages is {ascii(value)[:60]}, {_WANTED}")
+        raise UsageError(f"{where}: messages is {ascii(value)[:60]}, {_EXPECTED}")
     found = []
     for entry in value:
         fields = entry if isinstance(entry, dict) else {}
         role, content = fields.get("role"), _content(fields.get("content"))
         if not isinstance(role, str) or role not in get_args(Role) or not is_text(content):
-            raise UsageError(f"{place}: a message is {ascii(entry)[:60]}, {_WANTED} and texts that are not blank")
+            raise UsageError(f"{where}: a message is {ascii(entry)[:60]}, {_EXPECTED} and texts that are not blank")
         found.append(Message(cast("Role", role), content))
     return tuple(found)
 
@@ -89,11 +89,11 @@ def split_answer(messages: Sequence[Message]) -> tuple[tuple[Message, ...], str 
     return tuple(messages), None
 
 
-def parse_prompt(value: Any, place: str) -> tuple[Message, ...]:
+def parse_prompt(value: Any, where: str) -> tuple[Message, ...]:
     """Read the value of "messages" as `parse_messages` does, without the assistant's answer at the end."""
-    prompt, _ = split_answer(parse_messages(value, place))
+    prompt, _ = split_answer(parse_messages(value, where))
     if not prompt:
-        raise UsageError(f"{place}: has only an answer, expected a message of the user before it")
+        raise UsageError(f"{where}: has only an answer, expected a message of the user before it")
     return prompt
 
 

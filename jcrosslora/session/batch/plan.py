@@ -81,21 +81,21 @@ def read_plan(path: str | Path) -> BatchPlan:
             gives two jobs the same name.
     """
     path = Path(path)
-    place, folder = f"plan {path}", path.parent
-    plan = read_table(read_toml(path, "plan", 'out = "moved"'), _PLAN, place, required=_PLAN)
-    out = folder / _expanded(plan["out"], f"{place}, out")
-    bases = read_table(plan["bases"], dict.fromkeys(plan["bases"], _Ends), f"{place}, bases")
-    bases = {name: _base(value, folder, f"{place}, base {name}") for name, value in bases.items()}
-    adapters = read_table(plan["adapters"], dict.fromkeys(bases, _Names), f"{place}, adapters")
-    adapters = {name: _adapters(refs, folder, f"{place}, adapters of {name}") for name, refs in adapters.items()}
+    where, folder = f"plan {path}", path.parent
+    plan = read_table(read_toml(path, "plan", 'out = "moved"'), _PLAN, where, required=_PLAN)
+    out = folder / _expanded(plan["out"], f"{where}, out")
+    bases = read_table(plan["bases"], dict.fromkeys(plan["bases"], _Ends), f"{where}, bases")
+    bases = {name: _base(value, folder, f"{where}, base {name}") for name, value in bases.items()}
+    adapters = read_table(plan["adapters"], dict.fromkeys(bases, _Names), f"{where}, adapters")
+    adapters = {name: _adapters(refs, folder, f"{where}, adapters of {name}") for name, refs in adapters.items()}
     jobs: dict[str, Job] = {}
     for number, move in enumerate(plan["moves"], 1):
-        for job in _jobs(move, bases, adapters, folder, out, f"{place}, move {number}"):
+        for job in _jobs(move, bases, adapters, folder, out, f"{where}, move {number}"):
             if job.name in jobs:
                 first, second = jobs[job.name].settings.adapter, job.settings.adapter
                 advice = f", of {first} and {second}; rename one of the two, or name a link to it"
                 advice = "; give one of the moves a label" if first == second else advice
-                raise UsageError(f"{place}, move {number}: {job.name} is made by two jobs{advice}")
+                raise UsageError(f"{where}, move {number}: {job.name} is made by two jobs{advice}")
             jobs[job.name] = job
     return BatchPlan(out, tuple(jobs.values()))
 
@@ -106,29 +106,29 @@ def _jobs(
     adapters: Mapping[str, list[str]],
     folder: Path,
     out: Path,
-    place: str,
+    where: str,
 ) -> Iterator[Job]:
     if own := [key for key in table if key in _OWN + _OWN_BASES]:
-        msg = f"{place} sets {own[0]}, which the plan's bases, adapters, methods and out determine; leave it out"
+        msg = f"{where} sets {own[0]}, which the plan's bases, adapters, methods and out determine; leave it out"
         raise UsageError(msg)
     if asked := [key for key in table if key in _ASKED]:
-        msg = f"{place} sets {asked[0]}, and a batch reads its sources itself: make this transfer by "
+        msg = f"{where} sets {asked[0]}, and a batch reads its sources itself: make this transfer by "
         raise UsageError(msg + "`jcrosslora transfer`")
     given = {key: value for key, value in table.items() if key in _MOVE}
-    move = read_table(given, _MOVE, place, required=("from", "to"))
+    move = read_table(given, _MOVE, where, required=("from", "to"))
     methods, targets = _names(move.get("methods", AUTO)), _names(move["to"])
-    known = {method: _known_settings(method, place) for method in methods}  # which registers a user's own method
+    known = {method: _known_settings(method, where) for method in methods}  # which registers a user's own method
     rest = {key: value for key, value in table.items() if key not in _MOVE}
-    settings = read_settings(rest, place, _MOVE)
+    settings = read_settings(rest, where, _MOVE)
     if strange := [key for key in settings if not any(key in names for names in known.values())]:
-        msg = f"{place} sets {strange[0]}, which none of its methods has: {', '.join(methods)}; leave it out"
+        msg = f"{where} sets {strange[0]}, which none of its methods has: {', '.join(methods)}; leave it out"
         raise UsageError(msg)
     for key in {"prompts", "examples"} & settings.keys():  # never hub ids
-        settings[key] = str(folder / _expanded(settings[key], f"{place}, {key}"))
+        settings[key] = str(folder / _expanded(settings[key], f"{where}, {key}"))
     source, label = move["from"], move.get("label", "")
     if missing := [name for name in (source, *targets) if name not in bases]:
-        raise UsageError(f"{place} names the base {missing[0]!r}; the plan has {', '.join(bases) or 'none'}")
-    chosen = _chosen(_names(move.get("adapters", "*")), adapters.get(source, []), source, place)
+        raise UsageError(f"{where} names the base {missing[0]!r}; the plan has {', '.join(bases) or 'none'}")
+    chosen = _chosen(_names(move.get("adapters", "*")), adapters.get(source, []), source, where)
     for target, method, adapter in itertools.product(targets, methods, chosen):
         name = "--".join(filter(None, (_slug(Path(adapter).name), _slug(target), _slug(method), _slug(label))))
         more = {key: value for key, value in settings.items() if key in known[method]}
@@ -136,12 +136,12 @@ def _jobs(
         yield Job(name, TransferSettings.of(adapter=adapter, method=method, out=str(out / name), **more))
 
 
-def _known_settings(method: str, place: str) -> set[str]:
+def _known_settings(method: str, where: str) -> set[str]:
     """Return the allowed settings of a move by this method; `auto` accepts the settings of all methods."""
     try:
         own = setting_fields() if method == AUTO else [field.name for field in fields(find_method(method))]
     except MethodError as error:
-        raise MethodError(f"{place}: {error}") from error
+        raise MethodError(f"{where}: {error}") from error
     return {*OWN_FIELDS, *own}
 
 
@@ -150,48 +150,48 @@ def _end(side: str, base: _Base) -> dict[str, str]:
     return {side: base["ref"]} | {f"{side}_{key}": text for key, text in base.items() if f"{side}_{key}" in OWN_FIELDS}
 
 
-def _chosen(wanted: list[str], refs: list[str], source: str, place: str) -> list[str]:
+def _chosen(wanted: list[str], refs: list[str], source: str, where: str) -> list[str]:
     named = {pattern: [ref for ref in refs if fnmatchcase(Path(ref).name, pattern)] for pattern in wanted}
     if unknown := [pattern for pattern, found in named.items() if not found]:
-        msg = f"{place}: no adapter of {source} is named {unknown[0]}; the plan has {len(refs)} of that base"
+        msg = f"{where}: no adapter of {source} is named {unknown[0]}; the plan has {len(refs)} of that base"
         raise UsageError(msg)
     return [ref for ref in refs if any(ref in found for found in named.values())]
 
 
-def _base(value: str | dict[str, Any], folder: Path, place: str) -> _Base:
-    base = read_table({"ref": value} if isinstance(value, str) else value, _BASE, place, required=("ref",))
-    base["ref"] = _placed(base["ref"], folder, place)
+def _base(value: str | dict[str, Any], folder: Path, where: str) -> _Base:
+    base = read_table({"ref": value} if isinstance(value, str) else value, _BASE, where, required=("ref",))
+    base["ref"] = _placed(base["ref"], folder, where)
     if "template" in base:
-        base["template"] = str(folder / _expanded(base["template"], f"{place}, template"))
+        base["template"] = str(folder / _expanded(base["template"], f"{where}, template"))
     return base
 
 
-def _adapters(refs: str | list[str], folder: Path, place: str) -> list[str]:
+def _adapters(refs: str | list[str], folder: Path, where: str) -> list[str]:
     found: list[str] = []
     for ref in _names(refs):
-        if not _WILD.search(ref) or os.path.exists(folder / _expanded(ref, place)):
-            found.append(_placed(ref, folder, place))
+        if not _WILD.search(ref) or os.path.exists(folder / _expanded(ref, where)):
+            found.append(_placed(ref, folder, where))
             continue
         # It leaves out hidden folders, as a shell does, unless the pattern names them.
-        paths = map(folder.joinpath, glob(str(_expanded(ref, place)), root_dir=folder, recursive=True))
+        paths = map(folder.joinpath, glob(str(_expanded(ref, where)), root_dir=folder, recursive=True))
         matches = sorted(str(path) for path in paths if path.is_dir() or path.suffix == GGUF_ENDING)
         if not matches:
-            raise UsageError(f"{place}: no adapter matches {ref}; note that paths are relative to the plan")
+            raise UsageError(f"{where}: no adapter matches {ref}; note that paths are relative to the plan")
         found += matches
     return list(dict.fromkeys(found))
 
 
-def _placed(ref: str, folder: Path, place: str) -> str:
+def _placed(ref: str, folder: Path, where: str) -> str:
     """Resolve a path relative to the plan; return it unchanged if it does not exist, since it may be a hub id."""
-    path = folder / _expanded(ref, place)
+    path = folder / _expanded(ref, where)
     return str(path) if os.path.exists(path) else ref
 
 
-def _expanded(path: str, place: str) -> Path:
+def _expanded(path: str, where: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise UsageError(f"{place} is {path}, but there is no such home folder; write another path") from error
+        raise UsageError(f"{where} is {path}, but there is no such home folder; write another path") from error
 
 
 def _names(value: str | list[str]) -> list[str]:
@@ -228,12 +228,12 @@ def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
     if not 1 <= index <= count:
         raise UsageError(f"shard {index}/{count} does not exist; write i/n with i from 1 to n")
     parts, loads, mine = cut(units, count), [0] * count, set[int]()
-    for place in sorted(range(len(parts)), key=lambda place: -len(parts[place])):
+    for number in sorted(range(len(parts)), key=lambda number: -len(parts[number])):
         shard = loads.index(min(loads))
-        loads[shard] += len(parts[place])
+        loads[shard] += len(parts[number])
         if shard == index - 1:
-            mine.add(place)
-    return [unit for place, unit in enumerate(parts) if place in mine]
+            mine.add(number)
+    return [unit for number, unit in enumerate(parts) if number in mine]
 
 
 @dataclass(frozen=True)
