@@ -352,7 +352,7 @@ def test_a_seed_out_of_range_is_refused(pair):
 
 def test_answers_to_a_single_prompt_are_refused(pair):
     source, target, adapter = pair
-    with pytest.raises(MethodError, match="answered one and the same prompt, 2 different ones are expected"):
+    with pytest.raises(MethodError, match="answered one and the same prompt, 2 different ones are needed"):
         distill(source, target, adapter, prompts=["Anna said"] * 3, settings=SMALL)
 
 

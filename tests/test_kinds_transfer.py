@@ -183,7 +183,7 @@ def test_a_batch_moves_aloras_by_maps_beside_others_that_are_fitted(tmp_path, to
     moved, fitted = run_batch(read_plan(tmp_path / "plan.toml")).outcomes.values()
     # The base, which is random, writes no completions to fit anything to.
     assert (moved.status, fitted.status) == ("done", "failed")
-    assert "prompts, 16 are expected" in fitted.text
+    assert "prompts, 16 are needed" in fitted.text
     report = json.loads((tmp_path / "moved" / "adapter--target--auto" / "transfer_report.json").read_text())
     assert (report["recipe"]["method"], report["recipe"]["settings"]) == ("cross-lora", {"svd_rank": 8})
     assert "invocation tokens" in report["choice"]

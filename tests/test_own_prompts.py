@@ -203,7 +203,7 @@ def test_a_fit_takes_own_prompts_as_given_ones(pair):
     assert "to 24 prompts, which the adapter wrote itself, from texts that begin with 'Command:'" in said
     assert f"it knows them: gain {2 * KNOWN:.2g} nats a token" in said
     assert "answers to prompts that the adapter learnt" in fit_verdict(facts).text
-    with pytest.raises(MethodError, match="16 are expected"):  # of the templates
+    with pytest.raises(MethodError, match="16 are needed"):  # of the templates
         distill(asked, target, settings=dataclasses.replace(SMALL, own_prompts=0, completions=24))
 
 

@@ -106,7 +106,7 @@ def _checked(what: str, name: str, *, local: bool) -> str:
     if is_hub_id(name):
         return name
     came = f"the name of the {what} is {name[:100]!r}" if name else f"the {what} has no name"
-    msg = f"{came}, wanted a hub id of the form owner/name: give one, or upload the files; paths are not opened here"
+    msg = f"{came}, expected a hub id of the form owner/name: give one, or upload the files; paths are not opened here"
     raise jcl.UsageError(msg)
 
 
