@@ -1,7 +1,7 @@
 """Judge a fit by its facts, and put them into words.
 
-The level is decided by numbers alone: how many of the source's answers to held-out prompts the target reproduces. The
-limits are shares of such answers; docs/record/settings-study.md says what they were chosen on (`What a level means`).
+The level depends mainly on how many of the source's answers to held-out prompts the target reproduces. The limits are
+shares of these answers; docs/record/settings-study.md (`What a level means`) says how they were chosen.
 """
 
 import math
@@ -11,10 +11,10 @@ from jcrosslora.distill.facts import FitFacts
 from jcrosslora.distill.settings import ENOUGH, MOST_GIVEN
 from jcrosslora.report.record import Level, Verdict
 
-# With a share above the second limit, fits of the record have at least half of the source's right answers; below the
-# first, at most a quarter.
+# In the recorded fits, a share above the second limit means at least half of the source's right answers, and a share
+# below the first at most a quarter.
 _UNUSABLE, _WORKS = 0.15, 0.35
-_FEWEST = 6  # held-out answers: of five, even none leaves it open whether the share is below the first limit
+_FEWEST = 6  # held-out answers; with five, not even 0 reproduced ones put `high` below the first limit
 _MEASURE = "measure right answers with `jcrosslora evaluate`"
 _BEGINNINGS: dict[Level, str] = {
     "works": "it probably works",
@@ -25,16 +25,16 @@ _BEGINNINGS: dict[Level, str] = {
 
 
 def interval(successes: int, trials: int) -> tuple[float, float]:
-    """Return Wilson's interval of one standard error for a share; the share is above its low end with 84%."""
+    """Return Wilson's interval of one standard error for a share, which exceeds the low end with 84% probability."""
     middle, spread = successes + 0.5, math.sqrt(successes * (trials - successes) / max(1, trials) + 0.25)
     return (middle - spread) / (trials + 1), (middle + spread) / (trials + 1)
 
 
 def fit_level(facts: FitFacts) -> Level:
-    """Decide what to expect of a fitted update.
+    """Return the level of a fitted update.
 
-    Prompts that the source made up may differ much from those of the adapter's task, so answers to them alone never
-    show that a fit from zero works.
+    Prompts that the source made up may differ much from the adapter's task, so answers to them alone never show that a
+    fit from zero works.
     """
     low, high = interval(facts.agreed, facts.held_out)
     if facts.held_out < _FEWEST:
@@ -57,7 +57,7 @@ def fit_verdict(facts: FitFacts) -> Verdict:
 
 
 def remedies(facts: FitFacts) -> Iterator[str]:
-    """Yield what would make a fit better, the most useful first, each an imperative; nothing if no fact is known."""
+    """Yield ways to improve a fit, in the imperative, the most useful first; nothing if no fact is known."""
     if facts.done < 1:
         yield f"let the fit end (it was stopped after {facts.done:.0%})"
     if facts.planned < facts.usual:
@@ -73,7 +73,7 @@ def remedies(facts: FitFacts) -> Iterator[str]:
 
 
 def fit_sentences(facts: FitFacts) -> Iterator[str]:
-    """Yield what the update was fitted to, how, and what it reproduces, in short sentences without full stops."""
+    """Yield sentences without full stops: what the update was fitted to, how, and what it reproduces."""
     if facts.answers:
         yield _answers(facts)
     if facts.steps:
@@ -91,7 +91,7 @@ def fit_sentences(facts: FitFacts) -> Iterator[str]:
 
 
 def _made_up(facts: FitFacts) -> bool:
-    """Whether no prompt came from the user, or is known to be one of the adapter's task."""
+    """Return whether no prompt came from the user, and none is known to be of the adapter's task."""
     return facts.answers > 0 and facts.given + facts.examples + facts.own == 0
 
 

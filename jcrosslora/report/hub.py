@@ -66,17 +66,16 @@ def push_to_hub(
 ) -> Pushed:
     """Upload an adapter to the hub as one commit: weights, configuration, model card, report and recipe.
 
-    The folder is checked to be a whole adapter before anything is sent, and is not changed. Other files in the
-    folder are not uploaded, and other files in the repository stay. After a failure the same call goes on: what was
-    uploaded is not sent again.
+    Before anything is sent, the folder is checked to be a whole adapter; it does not change. Other files in the folder
+    are not uploaded, and other files in the repository stay. After a failure, repeat the call: uploaded files are not
+    sent again.
 
     Args:
-        adapter: a folder of PEFT or MLX or with `adapter.gguf`, such as `transfer` writes; or the `TransferResult`
-            of a transfer, which is written in profile "portable" (its own `push_to_hub` takes others).
+        adapter: the folder of a PEFT or MLX adapter or of `adapter.gguf`, such as `transfer` writes; or a
+            `TransferResult`, which is written in profile "portable" (its `push_to_hub` method takes other profiles).
         repo_id: "owner/name"; the repository is created if it does not exist.
         private: whether the repository is private; False allows a public one.
-        base_model: hub id of the base, for card and configuration; None takes the one that they name. A base that was
-            a local file has none.
+        base_model: hub id of the base, for card and configuration; None takes the one that they name, if any.
         with_completions: whether report and card keep the completions that the source wrote.
         token: hub token; None uses the token of the environment or of `hf auth login`.
 
@@ -85,9 +84,9 @@ def push_to_hub(
 
     Raises:
         AdapterError: the folder is not a whole adapter, or its card or report is damaged.
-        UsageError: `repo_id` or `base_model` has not the form of a hub id.
-        OutputError: not logged in, the repository is public and a private one is wanted, or holds something else, the
-            hub refuses the upload, or it cannot be reached.
+        UsageError: `repo_id` or `base_model` is not of the form owner/name, or the token is malformed.
+        OutputError: you are not logged in, the repository is public although `private` is true, it holds something
+            else, or the hub refuses the upload or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -101,14 +100,14 @@ def push_to_hub(
     repository = Repository.of(repo_id, private=private, token=token)
     found = repository.look()
     if found is not None and (others := sorted((_ADAPTER_WEIGHTS - {upload.weights}) & _names(found))):
-        # The configuration of this adapter would not fit them.
+        # The configuration of this adapter would not fit those weights.
         msg = f"{repo_id}: holds {others[0]}, which does not go with {upload.weights} of this adapter: remove it "
         raise OutputError(msg + "there, or choose another name")
     what = "Adapter moved by jcrosslora" if REPORT in upload.files else "Adapter uploaded by jcrosslora"
     with repository.client() as api:
         if found is None:
             api.create_repo(repo_id, private=private, exist_ok=True)
-        # Other files there stay, equal ones are not sent again; if all are there already, the commit is the last one.
+        # Other files stay, and equal ones are not sent again. If all are there already, this returns the last commit.
         added = [CommitOperationAdd(name, content) for name, content in upload.files.items()]
         commit = api.create_commit(repo_id, added, commit_message=what).oid
         url = f"{api.endpoint}/{repo_id}"
@@ -119,7 +118,7 @@ def push_to_hub(
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository to write to, private or not, with the token that does so."""
+    """A repository to write to, with the token for it."""
 
     repo_id: str
     private: bool
@@ -129,7 +128,7 @@ class Repository:
     def of(cls, repo_id: str, *, private: bool, token: str | None) -> Repository:
         """Check the name, and find the token as the hub's client does. Nothing is sent.
 
-        Raises UsageError for a name or a token with characters that none has, OutputError without a login.
+        Raises UsageError if the name or the token is malformed, and OutputError if there is no token.
         """
         from huggingface_hub import get_token
 
@@ -147,7 +146,7 @@ class Repository:
     def look(self) -> ModelInfo | None:
         """Return the contents of the repository; None if it does not exist.
 
-        Raises OutputError if it is public and a private one is wanted, holds a base model, or the hub refuses.
+        Raises OutputError if it is public although `private` is true, holds a base model, or the hub refuses.
         """
         from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -155,7 +154,7 @@ class Repository:
             try:
                 info = api.model_info(self.repo_id)
             except RepositoryNotFoundError as error:
-                if _status_of(error) == 401:  # which also stands for a token that is not valid
+                if _status_of(error) == 401:  # the hub answers this to an invalid token too
                     raise
                 return None
         if self.private and not info.private:
@@ -169,7 +168,7 @@ class Repository:
 
     @contextmanager
     def client(self) -> Iterator[HfApi]:
-        """Provide the hub's client, with its errors as ours."""
+        """Provide the hub's client, and turn its errors into OutputError."""
         from huggingface_hub import HfApi
 
         with _quiet(), _refusals(self.repo_id):
@@ -181,7 +180,7 @@ def _names(info: ModelInfo) -> set[str]:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise UsageError for names that are not owner/name, or have characters that the hub does not allow."""
+    """Raise UsageError if a name is not of the form owner/name, or has characters that the hub does not allow."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     with suppress(HFValidationError):
@@ -193,7 +192,7 @@ def check_repo_id(repo_id: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the hub client's lines about retries, and its bars without a terminal."""
+    """Silence the hub client's messages about retries, and its progress bars if there is no terminal."""
     from huggingface_hub import constants
     from huggingface_hub import utils as hub
 
@@ -218,8 +217,8 @@ def _refusals(repo_id: str) -> Iterator[None]:
         yield
     except JCrossLoRAError:
         raise
-    # The client raises its errors, those of its HTTP library and of the compiled library that uploads, and wraps some
-    # of them in RuntimeError.
+    # The client raises its own errors, and errors of its HTTP library and of the compiled upload library, some of them
+    # wrapped in RuntimeError.
     except Exception as error:
         raise OutputError(f"{repo_id}: {_account(error, repo_id)}") from error
 
@@ -234,7 +233,7 @@ def _account(error: Exception, repo_id: str) -> str:
     if status is None:
         return f"the upload broke off ({cause_of([*_causes(error)][-1], 300)}): {_BROKEN}"
     answer = next((said for cause in _causes(error) if (said := getattr(cause, "server_message", None))), None)
-    outer = "" if _status(error) is not None else safe_line(error, 300)  # what the client makes of the answer
+    outer = "" if _status(error) is not None else safe_line(error, 300)  # the client's summary of the answer
     inner = safe_line(answer or ("" if outer else error), 300)
     said = outer if inner in outer else f"{outer}: {inner}".removeprefix(": ")
     advice = _FAULT if status >= 500 else _ADVICE.get(status, "check the name, the token and the files")
@@ -242,7 +241,7 @@ def _account(error: Exception, repo_id: str) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and its causes, which say more."""
+    """Yield an error and its chain of causes."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause

@@ -20,10 +20,10 @@ from jcrosslora.utils.terminal import print_table, say
 def open_any(
     ref: str, *, revision: str | None = None, base: str | None = None, alpha: float | None = None
 ) -> Adapter | BaseModel:
-    """Open an adapter (of PEFT, MLX, llama.cpp or Orbax), with the base that some kinds need, or a base model.
+    """Open an adapter (PEFT, MLX, llama.cpp or Orbax) or a base model; some adapters need `base`.
 
-    A hub id is opened as an adapter first, which is smaller; if it is neither, the error tells both reasons. Raises
-    UsageError if a base was given for a base model.
+    A hub id is tried as an adapter first, because adapters are smaller. Raises CheckpointError with both reasons if it
+    is neither, and UsageError if `base` is given with a base model.
     """
     path, refused = Path(ref), None
     if not path.exists() and not is_hub_id(ref):
@@ -31,7 +31,7 @@ def open_any(
     if not path.exists() or is_adapter(path):
         try:
             opened = None if base is None else open_base(base)
-            # Changes of embedding and head alone are opened too, and what replaces tensors of the base is listed.
+            # Open changes of embedding and head alone too, and list replaced tensors of the base as not moved.
             adapter = load_adapter(ref, opened, revision=revision, alpha=alpha, replaced=True)
             return restrict(adapter, Carried.EVERYTHING & ~Carried.REPLACED, "")
         except JCrossLoRAError as error:
@@ -41,7 +41,7 @@ def open_any(
     try:
         model = open_base(ref, revision=revision)
     except CheckpointError as error:
-        if refused is None or str(refused) == str(error):  # as without a network
+        if refused is None or str(refused) == str(error):  # such as no network
             raise
         raise CheckpointError(f"{ref} is neither an adapter ({refused}) nor a base model ({error})") from None
     if base is not None:
@@ -88,7 +88,7 @@ def print_description(found: Adapter | BaseModel, console: Console) -> None:
 
 
 def reported_family(path: Path) -> str | None:
-    """Return the family of a moved adapter's base, from its `transfer_report.json`; None for other adapters."""
+    """Return the family of a moved adapter's base from its `transfer_report.json`; None if there is no such report."""
     folder = path.parent if path.is_file() else path
     try:
         return read_report(folder / REPORT).target.family or None

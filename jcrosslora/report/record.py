@@ -21,19 +21,19 @@ from jcrosslora.maps.transport import AlignRecipe
 from jcrosslora.utils.files import read_small
 from jcrosslora.utils.texts import html_table
 
-# The version of the JSON form. It is raised when a field changes its name or its meaning.
+# The version of the JSON form, raised when a field changes its name or meaning.
 SCHEMA = 4
 AGAIN = "move the adapter again, or run the version of jcrosslora that wrote it"
 _LONGEST = 300  # characters of an example
 
-# Bounded as `Size` is.
+# Bounded like `Size`, so that a damaged report is refused.
 Layer = Annotated[int, msgspec.Meta(ge=0, le=999)]
 Number = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
 T = TypeVar("T")
 _OfFits = Literal["works", "partly", "unusable"]
 _OfMaps = Literal["aligned", "weak", "chance", "lost", "control"]
 Level = _OfFits | _OfMaps | Literal["unknown", "ineffective", "destructive"]
-# Levels that expect no effect, or harm. A control is to have none.
+# Levels that expect no effect, or harm. A control is not among them: it is meant to have no effect.
 USELESS: frozenset[Level] = frozenset({"unusable", "chance", "lost", "ineffective", "destructive"})
 
 
@@ -41,10 +41,10 @@ class Verdict(msgspec.Struct, frozen=True):
     """What to expect of a moved adapter.
 
     Attributes:
-        level: of a fit "works", "partly" or "unusable", by the answers of the source that it reproduces. Of maps
-            "aligned" (an effect is expected), "weak", "chance" (no effect is expected), "lost" (the maps removed
-            nearly all of the update), "control" (no effect is intended). Of both "unknown" (nothing was measured), and
-            "ineffective" or "destructive" if the measured effect on text is so.
+        level: for a fit, "works", "partly" or "unusable", by the share of the source's answers that it reproduces. For
+            maps, "aligned" (expect an effect), "weak", "chance" (expect no effect), "lost" (the maps removed nearly all
+            of the update) or "control" (no effect is intended). For both, "unknown" (too little was measured), and
+            "ineffective" or "destructive" by the measured effect on text.
     """
 
     level: Level
@@ -52,7 +52,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class Base(msgspec.Struct, frozen=True):
-    """A base model; the fields are those of `BaseInfo`."""
+    """A base model; `BaseInfo` explains the fields."""
 
     name: str | None = None
     ref: str | None = None
@@ -70,29 +70,28 @@ class Totals(msgspec.Struct, frozen=True):
 
 
 class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The full account of a transfer. A figure that is not defined is None, and null in JSON.
+    """The full account of a transfer. An undefined figure is None, and null in JSON.
 
     Attributes:
-        recipe_toml: the transfer as `jcrosslora transfer --recipe` reads it; only what differs from the defaults.
+        recipe_toml: what `jcrosslora transfer --recipe` reads; hyper-parameters only if they differ from the defaults.
         scale: factor of every moved update.
-        layers: for each target layer the source layer that feeds it, or None.
+        layers: the source layer that feeds each target layer, or None.
         rows: one for each moved module, in the target's order.
         unmapped_targets: target modules that no source module feeds.
         energy: ||.||_F^2 of the whole source update, moved or not.
-        out_rank: the rank that updates were truncated to, or the rule that chose it, or None.
+        out_rank: the rank that updates were truncated to, or the rule that chose it; None without truncation.
         choice: why `auto` took this method; None if the user named it.
-        effect: what the original changes on the source and the moved update on the target; None if not measured.
+        effect: what the original changes on the source, and the moved update on the target; None if not measured.
         fit: the facts of a fit; None if nothing was fitted.
-        curve: of a fit, completions used and the divergence from the teacher on held-out ones in nats, as it went.
+        curve: points of the fit: completions used, and the divergence from the teacher on held-out ones in nats.
         added: what was added to the moved update, one sentence without a full stop; None if nothing was.
         wrote_prompts: whether the source wrote the prompts of the fit.
-        examples: some of the completions of the fit, if the source wrote their prompts itself; the user's own prompts
-            are not shown.
+        examples: some completions of the fit, if the source wrote their prompts; the user's prompts are not shown.
         truncation: what the truncation to `out_rank` kept; None without one.
-        rank_before: the highest rank of the source adapter; None if it is not known.
+        rank_before: the highest rank of the source adapter; None if unknown.
         ranks: the rank of each module of the moved adapter.
         tokens: changes of the embedding and the output head that were moved.
-        asked: settings by which the source was asked, if its weights were not read.
+        asked: the settings for querying the source, if its weights were not read.
     """
 
     verdict: Verdict = Verdict("unknown", "")
@@ -138,19 +137,19 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def mapped(self) -> bool:
-        """Whether maps moved the update; a fit alone has neither a map of the layers nor diagnostics of one."""
+        """Return whether maps moved the update; a fit alone has no layer map and no diagnostics."""
         return any(row.kept is not None for row in self.rows)
 
     @property
     def figures(self) -> dict[str, float]:
-        """Return the figures for a log: the totals, and the divergences that the adapters cause."""
+        """Return figures for a log: the totals, and the divergence that each adapter causes (NaN if undefined)."""
         ends = {} if self.effect is None else {"effect_source": self.effect.source, "effect_target": self.effect.target}
         kl = {name: math.nan if one.kl is None else one.kl for name, one in ends.items()}
         return {"kept": self.kept, "left_behind": self.left_behind} | kl
 
     @property
     def rank_sentence(self) -> str:
-        """The ranks before and after, in a sentence without a full stop."""
+        """Return the ranks before and after in a sentence without a full stop."""
         by_rank: dict[int, list[str]] = {}
         for name, rank in self.ranks.items():
             roles = by_rank.setdefault(rank, [])
@@ -166,7 +165,7 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def reproduced(self) -> str:
-        """How many of the source's held-out answers a fitted update reproduces; "" if that was not measured."""
+        """Return how many of the source's held-out answers a fitted update reproduces; "" if not measured."""
         fit = self.fit
         return "" if fit is None or not fit.held_out else f"{fit.agreed:,} of {fit.held_out:,} answers"
 
@@ -193,7 +192,7 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rank_range(self) -> tuple[int, ...]:
-        """The lowest and the highest rank of the moved adapter; one number if they are equal, none without any."""
+        """Return the lowest and the highest rank of the moved adapter; one number if equal, () without ranks."""
         ranks = self.ranks.values()
         return tuple(dict.fromkeys((min(ranks), max(ranks)))) if ranks else ()
 
@@ -204,13 +203,13 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data as docs/report.md describes it."""
-        return msgspec.json.decode(msgspec.json.encode(self, enc_hook=float))  # numpy's numbers are floats too
+        return msgspec.json.decode(msgspec.json.encode(self, enc_hook=float))  # numpy numbers become floats
 
 
 def read_report(path: Path) -> TransferReport:
     """Read a `transfer_report.json`.
 
-    Raises UsageError if the file cannot be read, is damaged, or is of another schema.
+    Raises UsageError if the file cannot be read, is damaged, or has another schema.
     """
     content = read_bytes(path)
     try:
@@ -232,12 +231,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 def copy_fields(kind: type[T], given: Any) -> T:
-    """Take the fields of a part of the report from an object that has them."""
+    """Make a part of the report from an object that has the same fields."""
     return kind(**{name: getattr(given, name) for name in kind.__annotations__})
 
 
 def weighted(rows: Sequence[ModuleRow], field: str) -> float:
-    """Return the mean of a field over rows, weighted by energy; NaN if no row has the figure."""
+    """Return the energy-weighted mean of a field over the rows that have it; NaN if there are none.
+
+    The mean is not weighted if all energies are 0, and NaN if one is unknown.
+    """
     found = [row for row in rows if getattr(row, field) is not None]
     values = [getattr(row, field) for row in found]
     weights = [math.nan if row.energy is None else row.energy for row in found]
@@ -249,5 +251,5 @@ def weighted(rows: Sequence[ModuleRow], field: str) -> float:
 
 
 def shorten(text: str, most: int = _LONGEST) -> str:
-    """Cut a text to a number of characters, and say so."""
+    """Cut a text to a number of characters, and end it with " ..." if something was cut off."""
     return text if len(text) <= most else f"{text[:most]} ..."

@@ -17,11 +17,11 @@ from jcrosslora.report.record import Level, TransferReport, Verdict, shorten, we
 from jcrosslora.utils.terminal import say
 
 TableKind = Literal["role", "full", "module"]
-# Figures of the decompositions, which describe how a map was found and not how well it fits: left out of short tables.
+# Figures of the decompositions, left out of short tables: they describe how a map was made, not how well it fits.
 _DETAILS = ("energy src/tgt", "gap src/tgt", "cond src/tgt")
 # Below the first limit there is no effect, below the second a weak one. Ratios are to chance: independently trained
-# models measure 1.0 to 1.3, related ones in the tens and hundreds. Cosines are those of the weights themselves:
-# unrelated models measure below 0.02, a further-trained base above 0.9.
+# models have 1.0 to 1.3, related ones tens or hundreds. Cosines compare the weights: unrelated models have less than
+# 0.02, a base and its further-trained version more than 0.9.
 _RATIOS, _COSINES = (1.5, 5.0), (0.1, 0.5)
 _SAME_COSINE = 0.98
 _LOST = 0.005  # an update that keeps less than this share of its energy has no visible effect in any direction
@@ -32,14 +32,14 @@ _SOME = "it will probably work; measure it"
 
 
 def diagnostics_title(report: TransferReport) -> str:
-    """Name the table of `role_rows`, which for a fit alone has norms only."""
+    """Return the title of the table of `role_rows`; for a fit alone the table has norms only."""
     return "Diagnostics" if report.mapped else "Size of the update"
 
 
 def role_rows(report: TransferReport, *, full: bool = True) -> list[dict[str, str]]:
-    """Format a row for each role and one for the whole, with figures weighted by the energy of the updates.
+    """Return a row of texts for each role and one for all, with figures weighted by the energy of the updates.
 
-    If not `full`, figures that describe how a map was found are left out.
+    Unless `full`, figures that describe how a map was made are left out.
     """
     rows = [_cells(role, members) for role, members in report.by_role()]
     left_out = () if full else _DETAILS
@@ -48,7 +48,7 @@ def role_rows(report: TransferReport, *, full: bool = True) -> list[dict[str, st
 
 
 def module_rows(report: TransferReport) -> list[dict[str, str]]:
-    """Format a row for each module and one for the whole."""
+    """Return a row of texts for each module and one for all."""
     rows = [_cells(f"{row.source} to {row.target}" if row.source else row.target, (row,)) for row in report.rows]
     return _without_empty([*rows, _cells("all", report.rows)])
 
@@ -56,8 +56,8 @@ def module_rows(report: TransferReport) -> list[dict[str, str]]:
 def print_report(report: TransferReport, console: Console, *, table: TableKind = "role") -> None:
     """Print the table, the unmapped modules, the warnings, and the verdict last.
 
-    The table is "role", a row for each role, with the figures that matter most, in 80 columns; "full", with every
-    figure; or "module", every figure, a row for each module.
+    The table is "role" (a row for each role, with the most important figures, in 80 columns), "full" (with all
+    figures) or "module" (all figures, a row for each module).
     """
     rows = module_rows(report) if table == "module" else role_rows(report, full=table == "full")
     _print_table(report, rows, console)
@@ -67,7 +67,7 @@ def print_report(report: TransferReport, console: Console, *, table: TableKind =
 
 
 def effect_rows(effect: Effect) -> list[dict[str, str]]:
-    """Format a row for each base, for tables."""
+    """Return a row of texts for each base."""
     return [
         {
             "base": name,
@@ -85,7 +85,7 @@ def _figure(value: float | None) -> str:
 
 def _print_table(report: TransferReport, rows: list[dict[str, str]], console: Console) -> None:
     recipe = report.recipe
-    # The recipe states the hyper-parameters that differ from the defaults.
+    # The recipe has the hyper-parameters that differ from the defaults.
     stated = [name for name in re.findall(r"(?m)^(\w+) = ", report.recipe_toml) if name in recipe.settings]
     settings = "".join(f", {name} {recipe.settings[name]}" for name in stated)
     depth = recipe.depth if recipe.depth in DEPTH_MAPS else "explicit"
@@ -126,7 +126,7 @@ def _notes(report: TransferReport) -> list[str]:
 def _left(report: TransferReport) -> str:
     names = [item.source for item in report.unmapped_sources]
     layers = "layers " + ", ".join(map(str, sorted({int(name.split(".")[2]) for name in names})))
-    # Kinds of modules that the target does not have, such as the gates of its MLPs.
+    # Roles that no moved module has, such as MLP gates if the target has none.
     absent = {name.rpartition(".")[2] for name in names} - {row.role for row in report.rows}
     places = f"{', '.join(sorted(absent))} of {layers}" if absent else layers
     return (
@@ -139,7 +139,7 @@ def _cells(label: str, rows: Sequence[ModuleRow]) -> dict[str, str]:
     def mean(field: str) -> float:
         return weighted(rows, field)
 
-    # Without the weights of the source no norm is known, and some roles are new.
+    # A row has no norm if the source's weights were not read, or the role is new.
     norms = [row.norm_before for row in rows if row.norm_before is not None]
     before = f"{math.hypot(*norms):.3g} to " if norms or not rows else ""
     after = math.hypot(*(row.norm_after or 0.0 for row in rows))
@@ -160,7 +160,7 @@ def _cells(label: str, rows: Sequence[ModuleRow]) -> dict[str, str]:
 
 
 def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Drop columns without a figure in any row."""
+    """Drop columns that have no figure in any row."""
     given = [name for name in rows[0] if any(set(row[name]) - set("-/ ") for row in rows)]
     return [{name: row[name] for name in given} for row in rows]
 
@@ -174,17 +174,17 @@ def _number(value: float, digits: int) -> str:
 
 
 def verdict(report: TransferReport) -> Verdict:
-    """Return what to expect of a moved adapter, by its alignment, its remaining energy, and its effect."""
+    """Return the verdict of a report: what to expect of the moved adapter."""
     return report.verdict
 
 
 def judge(report: TransferReport, method: Method) -> Verdict:
-    """Judge a transfer by the diagnostic of its method, the remaining energy, and the effect."""
+    """Judge a transfer by its fit or by its method's diagnostic and the remaining energy, and by the effect."""
     found, effect = _by_diagnostics(report, method), report.effect
     if effect is None:
         return found
     level = found.level
-    # A control is meant to be ineffective.
+    # A control should be ineffective.
     if level != "control" and (effect.outcome == "ineffective" or effect.outcome == "destructive"):
         level = effect.outcome
     return Verdict(level, f"{found.text}; {effect.sentence}")
@@ -211,7 +211,7 @@ def _by_alignment(measure: str, rows: tuple[ModuleRow, ...], signs: str, same: b
         return Verdict(
             "aligned", "source and target are one and the same base (equal digests): nothing had to be moved"
         )
-    if not rows:  # experts or single tokens alone
+    if not rows:  # only experts or token rows were moved
         return Verdict("unknown", f"alignment cannot be measured (no linear layer was moved): {_MEASURE}")
     if measure == "part cosine" and cosine >= _SAME_COSINE:
         return Verdict("aligned", f"the bases are made of the same parts (weight cosine {cosine:.3f}): {_SOME}")
@@ -241,7 +241,7 @@ def _by_ratio(ratio: float) -> Verdict:
 
 
 def _by_limits(value: float, limits: tuple[float, float], sentences: Sequence[str]) -> Verdict:
-    """Judge by a figure; the sentences are for values below the first limit, below the second, and above."""
+    """Judge by a figure; the sentences are for values below the first limit, below the second, and from there on."""
     place = next((place for place, limit in enumerate(limits) if value < limit), 2)
     known: tuple[tuple[Level, str], ...] = ("chance", _NOTHING), ("weak", _LITTLE), ("aligned", _SOME)
     level, advice = known[place]

@@ -40,32 +40,33 @@ from jcrosslora.utils.files import read_small_text
 from jcrosslora.utils.texts import markdown_text
 
 _BASE_KEYS: Mapping[Form, str] = {"PEFT": "base_model_name_or_path", "MLX": "model"}
-_LICENCES = ("LICENSE", "NOTICE")  # how the names of such files begin
+_LICENCES = ("LICENSE", "NOTICE")  # prefixes of the names of licence files
 _LIBRARIES: Mapping[Form, str] = {"PEFT": "peft", "MLX": "mlx", "GGUF": "gguf"}
 _BASE_TAG = "base_model:"
 
 
 @dataclass(frozen=True, eq=False)
 class Upload:
-    """An adapter as it is uploaded."""
+    """The files of an adapter to upload, and notes."""
 
-    files: Mapping[str, Path | bytes]  # name in the repository -> a file on disk, or what is sent in its place
+    files: Mapping[str, Path | bytes]  # name in the repository -> a file on disk, or the content to send
     weights: str
     base_model: str | None  # hub id
     notes: tuple[str, ...]  # what the user should know, one sentence each without a full stop
 
 
 def collect(folder: str | Path, *, base_model: str | None = None, with_completions: bool = False) -> Upload:
-    """Check an adapter's folder and collect what to upload. Nothing is sent, and the folder does not change.
+    """Check an adapter's folder and collect the files to upload. Nothing is sent, and the folder does not change.
 
     Args:
-        folder: of an adapter of PEFT or MLX, or with `adapter.gguf`.
+        folder: the folder of a PEFT or MLX adapter, or of `adapter.gguf`.
         base_model: hub id of the base; None takes the one that the card or the configuration names.
-        with_completions: whether report and card keep the completions that the source wrote, and the files that hold
-            them go along, the page of `jcrosslora report` among them.
+        with_completions: whether report and card keep the completions that the source wrote, and `completions.jsonl`
+            and the page of `jcrosslora report` are uploaded too.
 
     Raises:
-        AdapterError: the folder is not a whole adapter, its card or report is damaged, or a text leads out of it.
+        AdapterError: the folder is not a whole adapter, its card or report is damaged, or a text file is a link that
+            leads out of the folder.
         UsageError: `base_model` is not a hub id.
     """
     folder = Path(folder).expanduser()
@@ -91,14 +92,14 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
     sent |= {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _goes_along(path.name)}
     if RECIPE in sent:
         sent[RECIPE] = public_text(_text(folder / RECIPE)).encode()
-    if with_completions:  # the page shows some of them
+    if with_completions:  # the page shows some completions
         sent |= {name: folder / name for name in (COMPLETIONS, PAGE) if (folder / name).is_file()}
     left = tuple(sorted(path.name for path in folder.iterdir() if path.name not in sent))
     return Upload(sent, files.weights.name, base, _notes(base, stated, left, several=base is None and len(named) > 1))
 
 
 def _whole_adapter(folder: Path) -> AdapterPaths:
-    """Find the files of an adapter and check names, shapes and sizes of its tensors."""
+    """Return the files of an adapter, after a check of the names, shapes and sizes of its tensors."""
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such folder: give the folder of an adapter, such as --out of a transfer")
     files = find_adapter(folder)
@@ -117,9 +118,9 @@ def _whole_adapter(folder: Path) -> AdapterPaths:
 
 
 def _check_links(folder: Path) -> None:
-    """Refuse text files that link out of the folder, because they would publish another file.
+    """Raise AdapterError for text files that link out of the folder, because they would publish another file.
 
-    The hub's own cache is made of such links. Where they lead, all files are of one repository.
+    A folder in the hub's cache consists of links; they may lead to anywhere in the cache of the same repository.
     """
     home = home_of(folder)
     for path in sorted(folder.iterdir()):
@@ -130,7 +131,7 @@ def _check_links(folder: Path) -> None:
 
 
 def _config_for_hub(path: Path, config: Mapping[str, Any], key: str, base: str | None) -> bytes:
-    """Return the configuration without paths, with another base if one is given."""
+    """Return the configuration without local paths, and with `base` if it is given."""
     stated = config.get(key)
     wanted = base or (public_name(stated) if isinstance(stated, str) else stated)
     text = _text(path) if wanted == stated else json.dumps({**config, key: wanted}, indent=2)
@@ -172,7 +173,7 @@ def _text(path: Path) -> str:
 
 
 def _bases_of(card: str | None) -> list[str]:
-    """Return the hub ids of the bases that a card names, several for an adapter of all of them; else none."""
+    """Return the hub ids of the bases that a card names; none if one of them is not a hub id."""
     stated = None if card is None else split_card(card)[0].get("base_model")
     named = stated if isinstance(stated, list) else [stated]
     found = [one for one in named if isinstance(one, str) and is_on_hub(one)]
@@ -180,11 +181,11 @@ def _bases_of(card: str | None) -> list[str]:
 
 
 def _card_for_hub(card: str | None, name: str, form: Form, base_model: str | None) -> str:
-    """Return the card to upload, or a short one with this name; one whose metadata is right already is not changed.
+    """Return the card to upload; without a card, a short one titled `name`.
 
-    The base model and its relation are set or, as the hub refuses a local path there, removed; library and tags are
-    added if they are missing. Everything else stays, the licence among it: none is made up. So do several bases,
-    if none is given.
+    The base model and its relation are set; without a base they are removed, because the hub refuses a local path.
+    Several bases stay if `base_model` is None. Missing library and tags are added, and everything else stays, such as
+    the licence. A card whose metadata is right already does not change.
     """
     of_base = "" if base_model is None else f" of `{base_model}`"
     short = f"\n# {markdown_text(name)}\n\nA LoRA adapter{of_base}.\n"
