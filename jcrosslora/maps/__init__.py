@@ -1,4 +1,4 @@
-"""Shared by methods: their two base classes, and for map methods the evidence, the alignment and the shift."""
+"""The base classes of methods, and what map methods share: evidence, alignment and shift."""
 
 from jcrosslora.maps.evidence import Activations as Activations
 from jcrosslora.maps.evidence import ChannelPair as ChannelPair

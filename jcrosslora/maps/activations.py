@@ -1,11 +1,11 @@
 """Activations of both bases on the same text: probe texts to batches, batches to moments, moments to evidence.
 
-Only sums of products of matched activations are kept, in float32. That is enough: the rounding error of an entry is
-relative to the sizes of its own two dimensions (1e-7 of sqrt(sum x_i^2 sum y_j^2) over 28,000 positions), so scaling
-the dimensions before the products gains nothing. An SVD or a solve, however, has errors relative to the largest
-singular value, and would lose small dimensions. So the sums must be scaled first; `Activations` holds the sum of
-squares of each dimension for that. The sums do lose accuracy in directions next to a much larger one that is spread
-over all dimensions, such as a mean: 0.5 % of a direction a thousand times smaller, growing with the square of that
+Only sums of products of matched activations are kept, in float32. This is accurate enough: the rounding error of an
+entry is relative to the sizes of its two dimensions (1e-7 of sqrt(sum x_i^2 sum y_j^2) over 28,000 positions), so
+scaling the dimensions before the products gains nothing. But an SVD or a solve has errors relative to the largest
+singular value, and would lose small dimensions. So the sums must be scaled first; for this, `Activations` holds the sum
+of squares of each dimension. The sums do lose accuracy in a direction next to a much larger one that is spread over
+all dimensions, such as a mean: 0.5 % for a direction that is a thousand times smaller, growing with the square of the
 ratio. `tests/test_moments_float64.py` measures these figures.
 """
 
@@ -33,12 +33,12 @@ from jcrosslora.utils.progress import each
 
 # Tokens per probe text, and texts per batch. A batch holds the activations of all layers at the matched positions.
 PROBE_LENGTH, PROBE_BATCH = 128, 4
-# Passes of the target that take as long as the products of activations of both bases (for two bases of width 600 there
-# are 12 million numbers for each layer of 3.5 million parameters), and as the grams of each.
+# Passes of the target that take as long as the products between the activations of both bases (for two bases of width
+# 600, 12 million numbers for each layer of 3.5 million parameters), and as the grams of each base.
 _MOMENTS, _GRAMS = 4, 8
 # Positions at which the inputs of modules are kept.
 _INPUTS = 2048
-# Share of the time of a square matrix's SVD that its eigendecomposition takes (0.3 to 0.9 for sides of 256 to 2048).
+# Time of an eigendecomposition over that of an SVD of the same square matrix (0.3 to 0.9 for sides of 256 to 2048).
 _EIGEN = 0.4
 # Activations of one base at the positions of a batch: inputs by site and outputs by role, (L, P, width) each.
 Rows = tuple[dict[str, jax.Array], dict[str, jax.Array]]
@@ -48,8 +48,8 @@ _Two = tuple[jax.Array, jax.Array]
 def batch_probes(pair: BasePair, probes: Probes | None, *, seed: int = 0) -> tuple[Probes, list[ProbeBatch]]:
     """Tokenise probe texts for both bases.
 
-    Without `probes` the source base writes the texts. The returned probes state the number of matched positions. Raises
-    UsageError if no text has a position that matches, and CheckpointError if a base or its tokenizer cannot be read.
+    Without `probes` the source base writes the texts. The returned probes have the number of matched positions. Raises
+    UsageError if no text has a matching position, and CheckpointError if a base or its tokenizer cannot be read.
     """
     if probes is None:
         probes = written_probes(pair.source, seed=seed)
@@ -78,7 +78,7 @@ def collect_activations(plan: Plan) -> AddEvidence:
 
 
 def activations_cost(plan: Plan, texts: int) -> Cost:
-    """Count the passes of both bases, the products, and the SVDs of each pair's moments (and of each side's grams)."""
+    """Count the passes of both bases, the products, and the decompositions of each pair's moments (and grams)."""
     tokens, grams = texts * PROBE_TOKENS, EvidenceKind.ACTIVATION_GRAMS in plan.kinds
     products = _MOMENTS + (_GRAMS if grams else 0)
     svd = 0.0
@@ -89,7 +89,7 @@ def activations_cost(plan: Plan, texts: int) -> Cost:
 
 
 def activations_key(plan: Plan) -> Any:
-    """Return the texts and all modules: one program sums for all modules, so each can change the last digits."""
+    """Return the digest of the texts and all modules: one program sums for all, so each can change the last digits."""
     texts = None if plan.probes is None else plan.probes.digest()
     return texts, EvidenceKind.ACTIVATION_GRAMS in plan.kinds, pairs_as_json(plan.modules)
 
@@ -104,14 +104,14 @@ def cross_moments(
 ) -> Activations:
     """Run both bases over the probes and sum the cross-moments of the inputs and outputs of paired modules.
 
-    `layers` has for each target layer the source layer that feeds it, or None (its moments are meaningless). Rows of
-    the source are those of that layer; nothing is centred. Each field of the result is a dict, by input site (see
-    `INPUT_SITES`) or role of outputs, of the arrays of `Activations` with a leading axis of the target's L layers.
+    `layers` has the source layer that feeds each target layer, or None (then the moments are meaningless). Nothing is
+    centred. Each field of the result is a dict from input site (see `INPUT_SITES`) or output role to an array of
+    `Activations`, with a leading axis for the target's L layers.
 
-    Memory: the layers of both bases as float32, the moments once (12 million numbers a layer for a pair of 600 wide
-    models, 26 million more with the grams), and the activations in all layers at the matched positions of one batch.
-    The embeddings are reduced to the rows of the tokens that occur and the output heads dropped; both are held whole
-    only while a base is read.
+    Memory: the layers of both bases as float32, the moments once (12 million numbers a layer for two models of width
+    600, 26 million more with the grams), and the activations of all layers at the matched positions of one batch. Of
+    the embeddings only the rows of occurring tokens are kept, and the output heads are dropped; both are whole only
+    while a base is read.
 
     Raises CheckpointError if weights cannot be read, or the decoder does not know a model.
     """
@@ -124,7 +124,7 @@ def cross_moments(
         src = read_src(batch.tokens_src, batch.mask_src, batch.at_src, batch.valid)
         tgt = read_tgt(batch.tokens_tgt, batch.mask_tgt, batch.at_tgt, batch.valid)
         totals = zero_moments(src, tgt, grams=grams) if totals is None else totals
-        # Wait for each batch, so that memory holds the activations of one batch only.
+        # Wait for each batch, so that memory holds the activations of only one.
         totals = jax.block_until_ready(add_rows(totals, src, tgt, feeders))
         del src, tgt
     assert totals is not None
@@ -132,7 +132,7 @@ def cross_moments(
 
 
 def zero_moments(src: Rows, tgt: Rows, *, grams: bool = False) -> Activations:
-    """Zero-initialise the accumulators of `add_rows` for rows shaped like `src` and `tgt`."""
+    """Return zeros as the first totals of `add_rows`, for rows shaped like `src` and `tgt`."""
     layers = jax.tree.leaves(tgt)[0].shape[0]
     one = jax.eval_shape(lambda rows: _of_layer(jax.tree.map(lambda x: x[0], rows), grams), (src, tgt))
     return jax.tree.map(lambda x: jnp.zeros((layers, *x.shape)), one)
@@ -143,11 +143,11 @@ def add_rows(totals: Activations, src: Rows, tgt: Rows, layers: jax.Array) -> Ac
     """Add the products of P positions to the moments. The buffers of `totals` are donated to the result.
 
     Args:
-        src: rows of the source, float32 (L_src, P, width), zero where not valid; `tgt` (L, P, width) of the target.
-        layers: int32 (L,), for each target layer the source layer that feeds it.
+        src: rows of the source, float32 (L_src, P, width), zero where not valid; `tgt` (L, P, width) are the target's.
+        layers: int32 (L,), the source layer that feeds each target layer.
     """
 
-    # Add layer by layer to the totals in place: a scan would need memory for a second copy of its results.
+    # Add to the totals in place, layer by layer: a scan would need memory for a second copy of its results.
     def one(layer: jax.Array, totals: Activations) -> Activations:
         rows = jax.tree.map(lambda x: x[layers[layer]], src), jax.tree.map(lambda y: y[layer], tgt)
         sums = _of_layer(rows, totals.input_grams is not None)
@@ -173,17 +173,17 @@ def _of_layer(rows: tuple[Rows, Rows], grams: bool) -> Activations:
 
 
 def inputs_cost(texts: int) -> Cost:
-    """Count the source's pass over as many of the texts as `input_rows` reads."""
+    """Count the source's pass over the texts that `input_rows` reads."""
     return Cost(source=min(texts * PROBE_TOKENS, _INPUTS), precise=True)
 
 
 def input_rows(base: BaseModel, batches: Sequence[ProbeBatch]) -> Callable[[str], jax.Array]:
-    """Run a base, as the source of probe texts, on evenly spaced batches that have about 2,048 positions.
+    """Run a source base on evenly spaced batches that have about 2,048 matched positions.
 
     Memory: the inputs of all layers at these positions, float32.
 
-    Returns a function from a module to its inputs (N, I), with rows of zeros where the matches are padded. Raises
-    CheckpointError if weights cannot be read, or the decoder does not know the model.
+    Returns a function from a module's name to its inputs (N, I), with rows of zeros for padding. Raises CheckpointError
+    if weights cannot be read, or the decoder does not know the model.
     """
     positions = sum(int(batch.valid.sum()) for batch in batches)
     some = pick_evenly(batches, -(-_INPUTS * len(batches) // positions))
@@ -202,7 +202,7 @@ def input_rows(base: BaseModel, batches: Sequence[ProbeBatch]) -> Callable[[str]
 
 
 def _reader(base: BaseModel, tokens: Sequence[np.ndarray], roles: tuple[str, ...]) -> Callable[..., Rows]:
-    """Return a function from the tokens, mask, positions and validity of a batch to the activations there."""
+    """Return a function from a batch's tokens, mask, positions and validity to the activations at the positions."""
     kept = np.unique(np.concatenate([batch.ravel() for batch in tokens]))
     # An embedding may be larger than all layers together; only the rows of these tokens are looked up.
     model = jax.block_until_ready(load_model(base).of_tokens(kept))
@@ -237,7 +237,7 @@ def _rows(model: Model, roles: tuple[str, ...], text: _Two, matched: _Two) -> Ro
 
 
 def _in_all_layers(settings: DecoderSettings, role: str, rows: jax.Array) -> jax.Array:
-    """Return (L, P, width) of rows of the layers that have a role; zeros in the others."""
+    """Return (L, P, width), from the rows of the layers that have a role, with zeros for other layers."""
     held = settings.layers_with(role)
     if len(held) == settings.layers:
         return rows

@@ -34,18 +34,18 @@ from jcrosslora.relation.pairing import Pair
 from jcrosslora.utils.digests import digest_of
 from jcrosslora.utils.progress import track
 
-ALIGN = "align"  # the step, as it names itself on the display
+ALIGN = "align"  # the name of the step on the display
 T = TypeVar("T")
 U = TypeVar("U")
-# Pairs that are aligned together, and their group where it lies in the cache.
+# Pairs that are aligned together, and their group if it is cached.
 _Chunk = tuple[tuple[Pair, ...], TransportGroup | None]
-_Stacks = tuple[Any, Any]  # arrays of numpy if `_on_host`
+_Stacks = tuple[Any, Any]  # numpy arrays if `_on_host`
 
 
 def align_groups(plan: Plan) -> Iterator[TransportGroup]:
-    """Align the modules, a group of equal shapes and bounded size at a time; nothing for a method without maps.
+    """Align the modules, one group of equal shapes and bounded size at a time; yield nothing without maps.
 
-    The plan has its text if it needs any (see `with_text`).
+    If the plan needs text, it must have it already (see `with_text`).
     """
     providers = providers_of(plan.kinds)
     chunks, store = list(plan.chunks()), plan.pair.store
@@ -53,7 +53,7 @@ def align_groups(plan: Plan) -> Iterator[TransportGroup]:
         return
     cache = TransportCache(plan) if store is not None and any(one.cache_key for one in providers) else None
 
-    @lru_cache  # when the first group is met that is not kept
+    @lru_cache  # computed at the first group that is not cached
     def collected() -> list[AddEvidence]:
         return [provider.collect(plan) for provider in providers]
 
@@ -66,13 +66,13 @@ def align_groups(plan: Plan) -> Iterator[TransportGroup]:
                 group = _align(plan, pairs, stacks, collected())
                 if cache is not None:
                     cache.keep(group)
-            stacks = None  # while the next but one are read
+            stacks = None  # free them, as the next ones are read already
             yield group
             bar.update(len(pairs))
 
 
 class TransportCache:
-    """Finds and keeps the groups of a transport in the cache: one entry each, to limit memory to a group."""
+    """Finds and keeps the groups of a transport in the cache: one entry per group, to limit memory to one group."""
 
     def __init__(self, plan: Plan) -> None:
         """Derive the key from the method's fields and the evidence providers."""
@@ -91,7 +91,7 @@ class TransportCache:
         return None if loaded is None else TransportGroup.of(pairs, loaded.arrays, loaded.facts)
 
     def keep(self, group: TransportGroup) -> None:
-        """Keep a group."""
+        """Write a group to the cache."""
         what = f"{self._what}, {describe([pair.target for pair in group.pairs])}"
         self._store.save("transport", self._group_key(group.pairs), what, group.arrays(), group.facts())
 
@@ -100,7 +100,7 @@ class TransportCache:
 
 
 def _one_ahead(call: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-    """Yield what a call returns for each item, in order. A thread works on the next item while one is used."""
+    """Yield the result of a call for each item, in order. A thread computes the next result while one is used."""
     ahead: deque[Future[U]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
         for item in items:
@@ -112,7 +112,7 @@ def _one_ahead(call: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
 
 
 def _with_weights(plan: Plan, chunk: _Chunk) -> tuple[_Chunk, _Stacks | None]:
-    """Read the weights of pairs without a group, and put them on the devices."""
+    """Read the weights of pairs without a group, to the host for numpy or else to the devices."""
     load = load_on_host if _on_host(plan.method.map_method) else load_stack
     pairs, group = chunk
     if group is not None:
@@ -147,8 +147,8 @@ def _align(
         return TransportGroup(maps.terms, agreement, pairs, tuple(stack.kernels))
     maps, agreement = _map_stack(evidence, method, mesh_of(stacks[0]))
     terms, agreement = jax.tree.map(lambda x: x[: len(pairs)], (maps.terms, agreement))
-    # Waiting here keeps one group in flight: it bounds memory, and on a CPU two programs that both call LAPACK take
-    # the cores from each other (measured: 6 times slower).
+    # Waiting here keeps one group in flight. This bounds memory; and on a CPU two programs that both call LAPACK
+    # compete for the cores (measured: 6 times slower).
     return jax.block_until_ready(TransportGroup(terms, agreement, pairs, tuple(stack.kernels)))
 
 
@@ -159,8 +159,8 @@ def _side(stack: ModuleStack, base: BaseModel, names: Sequence[str], weights: An
 
 
 def _on_host(method: MapMethod | None) -> bool:
-    """Tell whether numpy makes the maps, module by module in threads, so that nothing is compiled."""
-    if method is None or EvidenceKind.RANDOM_KEY in method.requires:  # JAX alone draws from its keys
+    """Return whether numpy makes the maps, module by module in threads, so that nothing is compiled."""
+    if method is None or EvidenceKind.RANDOM_KEY in method.requires:  # numpy cannot draw from JAX keys
         return False
     return method.takes_numpy and jax.default_backend() == "cpu"
 
@@ -170,7 +170,7 @@ def _map_on_host(evidence: Evidence, method: MapMethod) -> tuple[Maps, dict[str,
     stacked = jax.tree.map(np.asarray, dataclasses.replace(evidence, vocabulary=None))
 
     def one(row: int) -> tuple[Maps, dict[str, Any]]:
-        with np.errstate(all="ignore"):  # as in XLA, where figures that are not defined are NaN
+        with np.errstate(all="ignore"):  # as in XLA, where undefined figures are NaN
             return _maps_of(method, jax.tree.map(lambda x: x[row], stacked), vocabulary)
 
     found = list(map_on_host(one, range(len(evidence.src.weight))))

@@ -1,4 +1,4 @@
-"""A pair of bases with facts that several stages need: structure, shared vocabulary, cache keys."""
+"""A pair of bases, with the facts that several stages need: structure, shared vocabulary, cache keys."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,14 +21,14 @@ from jcrosslora.relation.bases import Bases, TokenNames, compare_token_names
 from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.digests import digest_of, numerics_key
 
-_KIND = "vocabulary"  # of the entries of the cache
+_KIND = "vocabulary"  # of entries in the cache
 _FIELDS = ("cross", "gram_src", "gram_tgt")
 _TOKENS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class BasePair(Bases):
-    """The source and the target of transfers. Facts about the pair are computed on first use and kept.
+    """The source and the target of transfers. Facts about the pair are computed on first use, then kept.
 
     Attributes:
         store: the disk cache for factors and transports; None disables it.
@@ -38,20 +38,19 @@ class BasePair(Bases):
 
     @cached_property
     def names(self) -> str:
-        """Return the names of both bases, as listings of the cache show them."""
+        """Return the names of both bases as cache listings show them."""
         return f"{public_name(self.source.name)} to {public_name(self.target.name)}"
 
     @cached_property
     def weights(self) -> tuple[str, ...]:
-        """Return the digests of the weights of both bases; files are read unless the cache remembers their digests."""
+        """Return the digests of both bases' weights; files are read unless the cache remembers their digests."""
         assert self.store is not None
         return tuple(weights_key(base, self.store.digests) for base in self)
 
     def key(self, *parts: object, tokenizers: bool) -> str:
-        """Digest everything that an entry of the cache depends on.
+        """Digest everything that a cache entry depends on.
 
-        `parts` are JSON values that identify it; `tokenizers` says whether it depends on them as well as on the
-        weights.
+        `parts` are JSON values that identify it; `tokenizers` says whether it depends on the tokenizers too.
         """
         return digest_of((*self.weights, *self._tokenizers) if tokenizers else self.weights, numerics_key(), *parts)
 
@@ -61,13 +60,13 @@ class BasePair(Bases):
 
     @cached_property
     def structure(self) -> tuple[Structure | None, str]:
-        """Return which parts of the target are parts of the source, or None and the reason."""
+        """Return the source part that each target part corresponds to and "", or None and the reason."""
         return find_structure(self.source, self.target)
 
     @cached_property
     def channels(self) -> ChannelScales | None:
-        """Return the scales of channels by which the target differs, None if there are none."""
-        known = self.structure[0] if "structure" in self.__dict__ else None  # which was found with them
+        """Return the scales of channels by which the target differs; None if there are none."""
+        known = self.structure[0] if "structure" in self.__dict__ else None  # the structure has the scales
         return find_channel_scales(self.source, self.target) if known is None else known.scales
 
     @cached_property
@@ -77,7 +76,7 @@ class BasePair(Bases):
 
     @cached_property
     def token_names(self) -> TokenNames | None:
-        """Whether tokens of equal ids have equal names; None if that cannot be told."""
+        """How the tokens at equal ids differ; None if none differ or the ids cannot be compared."""
         return compare_token_names(self.source, self.target)
 
     @cached_property
@@ -91,10 +90,10 @@ class BasePair(Bases):
 
     @cached_property
     def vocabulary(self) -> tuple[Vocabulary | None, str]:
-        """Return the centred second moments of both embeddings over the tokens that both bases have.
+        """Return the centred second moments of both embeddings over the tokens that both bases have, and "".
 
-        Only the rows of these tokens are read, a few thousand at a time. None and the reason if there are no
-        moments.
+        Only the rows of these tokens are read, a few thousand at a time. If there are no moments, return None and the
+        reason. Raises CheckpointError if a row is not finite.
         """
         loaded = None if self.store is None else self.store.load(_KIND, self.key(tokenizers=True))
         if loaded is not None:
@@ -115,12 +114,12 @@ class BasePair(Bases):
         parts = [slice(start, start + _TOKENS_AT_ONCE) for start in range(0, count, _TOKENS_AT_ONCE)]
         on_cpu, totals = jax.default_backend() == "cpu", None
         with np.errstate(over="ignore", invalid="ignore"):  # the sums are checked for non-finite numbers below
-            # Second moments around a nearby centre lose no digits when the true mean is subtracted at the end.
+            # Around a nearby centre, second moments lose no digits when the true mean is subtracted at the end.
             centres = [base.rows(EMBEDDING, ids[parts[0]]).mean(axis=0) for base, ids in sides]
             for part in parts:
                 read = [base.rows(EMBEDDING, ids[part]) for base, ids in sides]
                 rows = [one - centre for one, centre in zip(read, centres, strict=True)]
-                # numpy multiplies on a CPU, so that nothing is compiled for it.
+                # On a CPU numpy multiplies, which needs no compilation.
                 sums = _sums(*(rows if on_cpu else map(jnp.asarray, rows)))
                 totals = sums if totals is None else [total + one for total, one in zip(totals, sums, strict=True)]
             assert totals is not None

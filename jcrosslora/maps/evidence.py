@@ -1,7 +1,7 @@
 """The evidence that an alignment gives to a method, and the maps that the method returns.
 
-All shapes are those of one pair of modules; the alignment adds the leading axis and `jax.vmap`. O and I are the out
-and in features of a module, H is the width of the residual stream, R the truncation rank; src and tgt are the bases.
+Shapes are given for one pair of modules; the alignment adds a leading axis and `jax.vmap`. O and I are the out and in
+features of a module, H is the hidden size, R the truncation rank; src is the source and tgt the target.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class EvidenceKind(StrEnum):
-    """A kind of evidence that is collected from two bases; the value is its name in reports."""
+    """A kind of evidence from two bases; the value is its name in reports."""
 
     SINGULAR_VECTORS = "truncated SVDs of both bases"
     SHARED_VOCABULARY = "shared vocabulary (optional)"
@@ -49,7 +49,8 @@ class Vocabulary:
 
     Attributes:
         cross: (H_src, H_tgt), E_src' E_tgt / V.
-        gram_src: (H_src, H_src), E_src' E_src / V; `gram_tgt` is that of the target.
+        gram_src: (H_src, H_src), E_src' E_src / V; `gram_tgt` is the same for the target.
+        count: V.
     """
 
     cross: jax.Array
@@ -64,9 +65,9 @@ class Side:
 
     Attributes:
         weight: (O, I), float32.
-        gain: (H,), the norm gain between the residual stream and the module (before a module that reads the
-            stream, after one that writes it; ones if there is no norm).
-        svd: None for methods that do not ask for it.
+        gain: (H,), the gain of the norm between the residual stream and the module: before a module that reads the
+            stream, after a module that writes it; ones if there is no norm.
+        svd: None if the method does not require it.
     """
 
     weight: jax.Array
@@ -76,14 +77,14 @@ class Side:
 
 @flax.struct.dataclass
 class Activations:
-    """Sums over N positions at which the tokens of both bases end at the same character of the same text.
+    """Sums over N positions where the tokens of both bases end at the same character of the same text.
 
     Attributes:
         inputs: (I_src, I_tgt), sum of x_src x_tgt' over the inputs of the module.
-        outputs: (O_src, O_tgt), the same of its outputs.
+        outputs: (O_src, O_tgt), the same for its outputs.
         input_squares: (I_src,) and (I_tgt,), sums of the squares of each dimension of x_src and x_tgt.
-        input_grams: (I_src, I_src) and (I_tgt, I_tgt), sums of x_src x_src' and x_tgt x_tgt'; None for methods that do
-            not ask for them. Squares and grams of the outputs have O instead of I.
+        input_grams: (I_src, I_src) and (I_tgt, I_tgt), sums of x_src x_src' and x_tgt x_tgt'; None if the method does
+            not require them. Squares and grams of the outputs have O instead of I.
     """
 
     inputs: Any
@@ -96,7 +97,7 @@ class Activations:
 
 @flax.struct.dataclass
 class Selection:
-    """Which rows, outputs (O_tgt,), and columns, inputs (I_tgt,), of the source module the target has; -1 for none."""
+    """Indices of the source module's rows (O_tgt,) and columns (I_tgt,) that the target module has; -1 for none."""
 
     outputs: jax.Array
     inputs: jax.Array
@@ -104,7 +105,7 @@ class Selection:
 
 @flax.struct.dataclass
 class ChannelPair:
-    """Scales of the rows (O,) and the columns (I,) by which the source's weight becomes the target's, often all one."""
+    """Scales of rows (O,) and columns (I,) that turn the source's weight into the target's; often all 1."""
 
     rows: jax.Array
     columns: jax.Array
@@ -118,10 +119,10 @@ class Evidence:
         vocabulary: moments over the shared tokens, the same for all modules; None if they are not available, and for
             modules inside latent attention, which neither read nor write the residual stream.
         key: a PRNG key that depends on the seed and on the target module's name; None for methods that draw nothing.
-        reads: static; whether the module reads the residual stream (q, k, v, gate, up). Otherwise it writes it (o,
-            down), with the stream on the side of its outputs, or it is inside latent attention.
+        reads: static; whether the module reads the residual stream (q, k, v, gate, up). Otherwise its outputs go to the
+            stream (o, down), or it is inside latent attention.
         rank: static; R, the inner width of low-rank maps.
-        method: static; name of the method that reads it, for errors.
+        method: static; name of the method that uses the evidence, for errors.
 
     A method reads the evidence that it requires through the properties, which are never None.
     """
@@ -175,10 +176,10 @@ class Evidence:
 
     @cached_property
     def token_covariances(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Covariances (R, R) of source's and target's vectors over the shared tokens, and the variances (R,) of each.
+        """Covariance (R, R) of the bases' singular vectors over the shared tokens, and the variances (R,) of each.
 
-        The vectors are the singular vectors (H, R) on the residual stream's side, with the norm gain folded in. There
-        must be shared tokens.
+        The singular vectors (H, R) are on the residual stream's side, with the norm gain folded in. There must be
+        shared tokens.
         """
         assert self.vocabulary is not None
         words, svds = self.vocabulary, (self.singular_vectors_src, self.singular_vectors_tgt)
@@ -201,10 +202,10 @@ class Maps:
 
     Attributes:
         vector_ratio: (), squared correlation over the shared vocabulary of singular vectors with equal index in both
-            bases, relative to vectors with other indices; 1 is chance, NaN is not measured.
-        activation_cosine: (), cosine of the source's activations, mapped to the target, with the target's, over inputs
-            and outputs; NaN is not measured.
-        part_cosine: (), cosine of the selected rows and columns of W_src with W_tgt; NaN is not measured.
+            bases, relative to vectors with nearby indices; 1 is chance, NaN means not measured.
+        activation_cosine: (), cosine between the mapped activations of the source and the target's activations, over
+            inputs and outputs; NaN means not measured.
+        part_cosine: (), cosine between the selected rows and columns of W_src and W_tgt; NaN means not measured.
     """
 
     terms: Terms
@@ -220,11 +221,11 @@ def pairs_as_json(pairs: Sequence[Pair]) -> list[tuple[str, str, str]]:
 
 @dataclass(frozen=True, eq=False)
 class ModuleStack:
-    """L pairs of modules of equal shapes, whose weights are stacked.
+    """L pairs of modules of equal shapes, with stacked weights.
 
     Attributes:
         size: L', which is L rounded up to a multiple of the device count; the surplus repeats the last module.
-        kernels: the kernel that decomposed each matrix, the source's first; filled by the provider of singular vectors.
+        kernels: the kernel that decomposed each matrix, all of the source first; filled in by the provider of SVDs.
     """
 
     pairs: tuple[Pair, ...]
@@ -233,7 +234,7 @@ class ModuleStack:
 
     @property
     def names(self) -> tuple[list[str], list[str]]:
-        """Return the names of the source's and of the target's modules."""
+        """Return the names of the source's and the target's modules."""
         return [pair.source for pair in self.pairs], [pair.target for pair in self.pairs]
 
     def filled(self, rows: list[T]) -> list[T]:

@@ -1,4 +1,4 @@
-"""The maps of pairs of modules of equal shapes, and how well the bases agree in them."""
+"""The maps of pairs of modules of equal shapes, and measures of how well these modules agree."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,8 +24,9 @@ class TransportGroup:
 
     Attributes:
         terms: pairs (P_out, P_in) of linear maps, with a leading axis L on every array, as in `agreement`.
-        agreement: the arrays of the figures of `Agreement`, by name.
-        kernels: static, what each matrix was decomposed by, the source's first; see `jcrosslora.linalg.decompose`.
+        agreement: arrays of the figures in `Agreement`, by name.
+        kernels: static, the kernel that decomposed each matrix, all of the source first; see
+            `jcrosslora.linalg.decompose`.
     """
 
     terms: Terms
@@ -49,7 +50,7 @@ class TransportGroup:
 
     @classmethod
     def of(cls, pairs: tuple[Pair, ...], arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Self:
-        """Rebuild a group on the local devices; on a CPU the arrays stay those of numpy."""
+        """Rebuild a group on the local devices; on a CPU the arrays stay numpy arrays."""
         on_cpu = jax.default_backend() == "cpu"
         placed: dict[str, Any] = {name: array if on_cpu else to_device(array) for name, array in arrays.items()}
         terms = tuple(
@@ -61,9 +62,9 @@ class TransportGroup:
 
 
 def measure(evidence: Evidence, maps: Maps, *, by_coordinates: bool) -> dict[str, Any]:
-    """Measure the agreement of a pair, by the fields of `Agreement`, NaN for None.
+    """Return the figures of `Agreement` for a pair, with NaN for None.
 
-    With `by_coordinates` the weight cosine is that of the mapped W_src.
+    With `by_coordinates` the weight cosine compares the mapped W_src, not W_src, with W_tgt.
     """
     nan = np.float32(np.nan)
     sides = {"src": evidence.src.svd, "tgt": evidence.tgt.svd}
@@ -100,11 +101,12 @@ def _similarity(evidence: Evidence, *, stream: bool) -> Any:
 
 
 def _similarity_by_tokens(evidence: Evidence, vocabulary: Vocabulary) -> jax.Array:
-    """Compute the same similarity through shared tokens, where the two streams have different coordinates.
+    """Compute the similarity through the shared tokens, for residual streams of different widths.
 
-    With E the centred embeddings (gain folded in), this is the share of covariance that two sets of directions have in
-    common, ||(E_s X)'(E_t Y)||_F^2 / (||E_s X||_F^2 ||E_t Y||_F^2), over the same for the two whole streams. For
-    equal spaces with E'E a multiple of I it is ||X'Y||_F^2 m / R^2, the similarity by coordinates.
+    Let E be the centred embeddings with the gain folded in. The share of covariance that two sets of directions have
+    in common is ||(E_s X)'(E_t Y)||_F^2 / (||E_s X||_F^2 ||E_t Y||_F^2). The result is this share over the same share
+    for the two whole streams. For equal spaces of width m with E'E a multiple of I it is ||X'Y||_F^2 m / R^2, the
+    similarity by coordinates.
     """
     cross, src, tgt = evidence.token_covariances
     xp, gain_src, gain_tgt = array_module(cross), evidence.src.gain, evidence.tgt.gain

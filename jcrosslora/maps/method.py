@@ -1,4 +1,4 @@
-"""The contract of transfer methods: the plan that they get, and their two base classes.
+"""The interface of transfer methods: the plan that they get, and their two base classes.
 
 A method either fits an update to what the adapter does, or computes maps that are applied to the adapter's update.
 """
@@ -36,36 +36,37 @@ if TYPE_CHECKING:
 Measure = Literal["vector ratio", "subspace similarity", "weight cosine", "activation cosine", "part cosine", "none"]
 # The truncation rank of the Cross-LoRA paper, also used for methods whose papers state none.
 DEFAULT_SVD_RANK = 320
-FINISH = "finish"  # the step of a method that does not name itself on the display
+FINISH = "finish"  # the name on the display of a step that a method does not name
 _PACKAGE = Path(__file__).parent.parent
 Shape = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A checked move of an adapter, of which nothing is computed yet.
+    """A checked transfer of an adapter, before anything is computed.
 
     Attributes:
         bases: the source and the target with the facts that stages share; None if the source can only be queried.
-        adapter: the source adapter, with fused matrices split, without the changes that do not move. It is empty if the
-            source can only be queried, and for the alignment that several adapters share.
-        queried: a source that can only be queried, with its adapter; None if the bases are read.
+        adapter: the source adapter, with fused matrices split and without the changes that do not move. It is empty if
+            the source can only be queried, and in the plan of an alignment that several adapters share.
+        queried: a source that can only be queried, with its adapter; None if its weights are read.
         depth: the requested depth map, as reports state it.
-        sources: the source modules that adapters have; None is all.
+        sources: the source modules that adapters have; None means all.
         pairing: which module feeds which, over all modules of the target; None if nothing is mapped.
         rank: R, the truncation rank; a module uses at most its short side.
-        calibrate: "frobenius" restores the norm of each update after the maps; None leaves it to the method.
+        calibrate: "frobenius" restores the norm of each update after the maps; None leaves this to the method.
         scale: factor of each mapped update.
         given: the user's text; None if there is none.
         probes: the text that both bases are run on; None if there is none yet.
-        batches: the same text as both bases read it.
-        probe_count: how many texts the source writes if some are needed and none are given.
+        batches: the same text as token batches for both bases.
+        probe_count: number of texts that the source writes if text is needed and none is given.
         groups: the maps, if they are made already.
         reason: why `auto` chose the method; None if the user named it.
-        doubts: what speaks against the source as the base of the adapter, one sentence each.
+        doubts: signs that the adapter was not trained on this source, one sentence each.
         shared: results that hold for all adapters of the pair; a method may add some.
-        states: folder in which a long fit keeps its states, from which it continues after a stop; None keeps none.
-        loaded: gives the weights of both bases, divided over devices if one is too small; None if they do not run.
+        states: folder where a long fit saves its states, to continue after a stop; None saves none.
+        loaded: gives the weights of both bases, divided over devices if they do not fit one; None if the bases are not
+            run.
         apply_maps: aligns the modules and shifts the adapter, see `jcrosslora.maps.shift`; None if nothing is mapped.
     """
 
@@ -117,12 +118,12 @@ class Plan:
 
     @property
     def text_count(self) -> int:
-        """How many texts both bases are run on, if they are."""
+        """The number of texts that both bases are run on, if they are run."""
         return (0 if self.given is None else len(set(self.given.texts))) or self.probe_count
 
     @property
     def mapped(self) -> Moved | None:
-        """The adapter after the maps of the method's `map_method`, which are applied once; None without maps.
+        """The adapter after the maps of the method's `map_method`, applied on first use; None without maps.
 
         Raises:
             PairingError: no update of the adapter is moved.
@@ -138,21 +139,21 @@ class Plan:
         return self.apply_maps is None or "_mapped" in vars(self)
 
     def keep(self, moved: Moved) -> None:
-        """Take an adapter after the maps that were applied together with others."""
+        """Set `mapped` to an adapter that was mapped already, together with others."""
         vars(self)["_mapped"] = moved
 
     @property
     def keeps_norm(self) -> bool:
-        """Whether each update gets the norm that it had on the source after the maps, as that of a control does."""
+        """Whether each update gets its source norm back after the maps; by default only a control's does."""
         if self.calibrate is None:
             return self.method.map_method is not None and self.method.map_method.is_control
         return self.calibrate == "frobenius"
 
     @property
     def modules(self) -> tuple[Pair, ...]:
-        """The pairs that the wanted source modules feed, for which maps are made; none for a method without maps.
+        """The pairs to make maps for: those with a source module in `sources`; none for a method without maps.
 
-        Raises PairingError if the source modules feed none.
+        Raises PairingError if the source modules feed no module.
         """
         if self.method.map_method is None or self.pairing is None:
             return ()
@@ -166,7 +167,7 @@ class Plan:
 
     @property
     def layers(self) -> tuple[int | None, ...]:
-        """For each target layer the source layer that feeds it."""
+        """The source layer that feeds each target layer, or None."""
         return (None,) * self.target.dims.layers if self.pairing is None else self.pairing.layers
 
     @property
@@ -176,7 +177,7 @@ class Plan:
 
     @property
     def single_vectors(self) -> bool:
-        """Whether single singular vectors matter, or only the subspace that they span."""
+        """Whether single singular vectors matter, not only the subspace that they span."""
         return self.method.map_method is not None and self.method.map_method.single_vectors
 
     @property
@@ -190,7 +191,7 @@ class Plan:
         return self.pair.source.modules[pair.source].shape, self.pair.target.modules[pair.target].shape
 
     def chunks(self) -> Iterator[tuple[Pair, ...]]:
-        """Yield the pairs that are aligned together: of equal shapes, and of a bounded size."""
+        """Yield groups of pairs that are aligned together: of equal shapes and bounded size."""
 
         def key(pair: Pair) -> tuple[object, ...]:
             return *self.shapes(pair), LINEARS[pair.role].stream
@@ -202,7 +203,7 @@ class Plan:
 
 
 def no_weights(method: Method) -> MethodError:
-    """Make the error of a method that needs weights, of a source that can only be queried."""
+    """Return the error for a method that needs the weights of a source that can only be queried."""
     msg = f"method {method.name} needs the weights of the source, which can only be queried: use --method distill, or "
     return MethodError(msg + "give the weights with --source")
 
@@ -211,15 +212,15 @@ def no_weights(method: Method) -> MethodError:
 class Method(Settings):
     """Base class of all methods. A subclass is a frozen dataclass; its fields are its hyper-parameters.
 
-    The flags of the command line, the keys of recipes and batch plans, and the cache keys are derived from the fields:
-    a field needs a default, a type that TOML can hold, and a docstring line beneath it. A direct subclass fits an
-    update to what the adapter does; one that chooses maps from the weights of both bases inherits from `MapMethod`.
+    Command-line flags, the keys of recipes and batch plans, and cache keys are derived from the fields. So a field
+    needs a default, a type that TOML can hold, and a docstring below it. A direct subclass fits an update to what the
+    adapter does; a method that chooses maps from both bases inherits from `MapMethod`.
 
     Attributes:
         when: when to use it, for `jcrosslora methods`, such as "for a base and a model cut from it".
-        requires: the evidence that has to be collected. A property may derive it from the fields.
+        requires: the evidence to collect. A property may derive it from the fields.
         carries: the kinds of change that it moves. Changes of the embedding and the output head (`Carried.TOKENS`) move
-            if the maps keep (or permute) the coordinates of the residual stream; updates of experts by a fit, or by
+            if the maps keep or select the coordinates of the residual stream. Updates of experts move by a fit, or by
             maps if the target is a copy of the source or of its parts.
     """
 
@@ -232,7 +233,7 @@ class Method(Settings):
 
     @classmethod
     def called(cls) -> str:
-        """Return what errors call it."""
+        """Return the name of the method in errors."""
         return f"method {cls.name}"
 
     def move(self, plan: Plan) -> Moved:
@@ -247,55 +248,58 @@ class Method(Settings):
         """Raise `UsageError` for hyper-parameters out of range, before anything is computed."""
 
     def cost(self, plan: Plan) -> dict[str, Cost | None]:
-        """Count what `move` takes after the maps, by its steps on the display; None if it is not known."""
+        """Count the work of `move` after the maps, for each step on the display; None if unknown."""
         del plan
         return {FINISH: None}
 
     def memory(self, target: BaseModel, free: int | None) -> int | None:
-        """Return the bytes that `move` takes beside the weights of both bases, which leave `free`; None if unknown."""
+        """Return the bytes that `move` needs, without the weights of both bases; None if unknown.
+
+        `free` is the number of bytes that the weights leave free, None if unknown.
+        """
         del target, free
         return None
 
     @property
     def map_method(self) -> MapMethod | None:
-        """The map method that makes `plan.mapped`: a map method itself, None if nothing is mapped."""
+        """The map method that makes `plan.mapped`; for a map method itself, None if nothing is mapped."""
         return None
 
     @property
     def truncates(self) -> bool:
-        """Tell whether the maps depend on a truncation rank."""
+        """Return whether the maps depend on a truncation rank."""
         return hasattr(self, "svd_rank")
 
     @property
     def runs_bases(self) -> bool:
-        """Tell whether both bases have to run on text."""
+        """Return whether both bases have to run on text."""
         return bool(self.requires & RUNNING)
 
     @property
     def fits_update(self) -> bool:
-        """Tell whether the whole update is fitted, so that its size follows from the fit."""
+        """Return whether the whole update is fitted, so that the fit decides its size."""
         return True
 
     @property
     def holds_bases(self) -> bool:
-        """Tell whether `move` runs both bases by `plan.loaded`, which divides their weights over devices."""
+        """Return whether `move` runs both bases by `plan.loaded`, which divides their weights over devices."""
         return self.fits_update and self.runs_bases
 
     @property
     def reads_source(self) -> bool:
-        """Tell whether the weights of the source are needed; a source that can only be queried has none."""
+        """Return whether the weights of the source are needed; a source that can only be queried has none."""
         return self.map_method is not None or bool(self.requires - {EvidenceKind.COMPLETIONS})
 
     @property
     def uses_examples(self) -> bool:
-        """Tell whether the update is fitted to answers, among which labelled examples can be."""
+        """Return whether the update is fitted to answers, which may include labelled examples."""
         return EvidenceKind.COMPLETIONS in self.requires
 
     @property
     def needs(self) -> str:
         """Return the evidence that the method uses, in words."""
         parts = ["equal shapes"] if self.map_method is not None and self.map_method.equal_shapes else []
-        always = {EvidenceKind.RANDOM_KEY, EvidenceKind.CHANNEL_SCALES}  # that any pair of bases has
+        always = {EvidenceKind.RANDOM_KEY, EvidenceKind.CHANNEL_SCALES}  # kinds that every pair of bases has
         parts += [kind.value for kind in EvidenceKind if kind in self.requires - always]
         return ", ".join(parts) or "nothing"
 
@@ -304,12 +308,12 @@ class Method(Settings):
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def cache_key(self) -> Any:
-        """Return everything that the maps depend on, as a JSON value; for a user's method this includes its code."""
+        """Return everything that the maps depend on as a JSON value, with the code of a user's method."""
         return self.name, type(self).__qualname__, self._code_digest(), self.settings()
 
     @classmethod
     def source_file(cls) -> Path | None:
-        """Return the file that defines the method; None if there is none, as in a notebook."""
+        """Return the file that defines the method; None without a file, as in a notebook."""
         try:
             return Path(inspect.getfile(cls))
         except (TypeError, OSError):
@@ -317,7 +321,7 @@ class Method(Settings):
 
     @classmethod
     def spec(cls) -> str:
-        """Return how `--method` and recipes refer to it: by its name, or as "module:Class" for a user's own."""
+        """Return the method's name for `--method` and recipes; for a user's method "module:Class"."""
         if cls.__module__.startswith("jcrosslora."):
             return cls.name
         # `__main__` cannot be imported by name, but the file of the script can.
@@ -326,7 +330,7 @@ class Method(Settings):
 
     @classmethod
     def _code_digest(cls) -> str:
-        """Digest the file of a user's method; without a file, its main function."""
+        """Digest the file of a user's method, or its main function if it has no file; "" for other methods."""
         file = cls.source_file()
         if file is None:
             decides = cls.maps if issubclass(cls, MapMethod) else cls.move
@@ -338,15 +342,15 @@ class Method(Settings):
 class MapMethod(Method):
     """Base class of methods that choose two maps for each pair of modules: dW_tgt = P_out dW_src P_in'.
 
-    The alignment (`maps` over all pairs of modules) and the shift (the adapter through the maps) are the same for all.
+    All map methods share the alignment (`maps` over all pairs of modules) and the shift (the adapter through the maps).
 
     Attributes:
-        measure: the diagnostic that says whether the two bases agree in what the method relies on; "none" without one.
+        measure: the diagnostic of whether the two bases agree in what the method relies on; "none" without one.
         is_control: whether no effect is expected, by design. The norm of a control's update is restored after the maps.
         equal_shapes: whether it is defined only for modules of equal shape.
         equal_modules: whether it is defined only for bases with the same modules, by name and shape.
-        single_vectors: whether single singular vectors matter, or only the subspace that they span.
-        takes_numpy: whether `maps` takes arrays of numpy as well; then nothing is compiled for it on a CPU.
+        single_vectors: whether single singular vectors matter, not only the subspace that they span.
+        takes_numpy: whether `maps` takes numpy arrays too; then nothing is compiled for it on a CPU.
     """
 
     measure: ClassVar[Measure] = "none"
@@ -362,7 +366,7 @@ class MapMethod(Method):
         raise NotImplementedError
 
     def move(self, plan: Plan) -> Moved:
-        """Align the modules, shift the adapter, and return the mapped update; a method may override this to add to it.
+        """Align the modules, shift the adapter, and return the mapped update; a method may override this to add more.
 
         Raises:
             PairingError: no update of the adapter is moved.
@@ -374,7 +378,7 @@ class MapMethod(Method):
         return moved
 
     def cost(self, plan: Plan) -> dict[str, Cost | None]:
-        """Count nothing for an update that stays unchanged."""
+        """Count nothing, unless `move` is overridden."""
         return {} if type(self).move is MapMethod.move else super().cost(plan)
 
     @property

@@ -1,4 +1,4 @@
-"""A moved adapter, with the account of what the maps kept of each module, and of changes of embedding and head."""
+"""A moved adapter, with an account of what the maps kept of each module and of changes of embedding and head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jcrosslora.distill.facts import FitFacts
 
 Calibration = Literal["none", "frobenius"]
-# What is read from a report is bounded, so that a damaged one is refused and not shown.
+# Bounds on figures in reports, so that a damaged report is refused and not shown.
 Size = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 _LAYER = r"^model\.layers\.\d{1,3}\."
 Module = Annotated[str, msgspec.Meta(pattern=_LAYER)]
@@ -25,26 +25,26 @@ Role = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.]{1,40}$")]
 
 
 def none_if_nan(value: float) -> float | None:
-    """Return a figure as rows and reports have it: None in place of NaN."""
+    """Return a figure as rows and reports have it: None instead of NaN."""
     return None if math.isnan(value) else value
 
 
 class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     """Diagnostics of one pair of modules; None if a figure is undefined or not required.
 
-    An alignment computes them as scalar arrays by these names, with NaN for None.
+    An alignment computes them as scalar arrays with these names, and NaN for None.
 
     Attributes:
         rank: R, the truncation rank of this pair.
-        energy_src: share of ||W_src||_F^2 in its top R singular pairs. This and the next have a twin for the target.
-        gap_src: (s_R - s_{R+1}) / s_R: a small gap makes the subspace itself arbitrary. The condition is s_1 / s_R.
+        energy_src: share of ||W_src||_F^2 in its top R singular pairs. The figures ending in `_tgt` are for the target.
+        gap_src: (s_R - s_{R+1}) / s_R; a small gap makes the subspace arbitrary. `condition_src` is s_1 / s_R.
         error_src: estimated error (radians) of the singular vectors or subspaces that the method uses.
         similarity_out: ||U_s' U_t||_F^2 / R over its expectation for random subspaces of the same size, R / O; 1
-            is chance. Defined for equal O and proper subspaces. For unequal O on the
-            residual stream's side it is measured through the shared vocabulary, see `jcrosslora.maps.transport`.
-            `similarity_in` is the same for the right singular vectors and I.
-        weight_cosine: cosine of W_src with W_tgt, by a method with this measure of the mapped W_src. `Maps` explains
-            the others.
+            is chance. Defined for equal O and proper subspaces. For unequal O on the residual stream's side it is
+            measured through the shared vocabulary, see `jcrosslora.maps.groups`. `similarity_in` is the same for the
+            right singular vectors and I.
+        weight_cosine: cosine of W_src with W_tgt; for a method with this measure, of the mapped W_src with W_tgt.
+            `Maps` explains `vector_ratio`, `activation_cosine` and `part_cosine`.
     """
 
     rank: int = 0
@@ -65,13 +65,13 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModuleRow(Agreement, frozen=True):
-    """The update of one target module, with the agreement of the pair. None where a figure is not defined.
+    """The update of one target module, with the agreement of the pair. An undefined figure is None.
 
     Attributes:
-        source: module of the source base whose update it received; "" if it was fitted and received none.
+        source: module of the source base whose update it received; "" if a fit alone made its update.
         energy: ||dW_src||_F^2.
-        kept: ||P_out dW_src P_in'||_F^2 over `energy`: the share of the update's energy that the maps keep. Above 1
-            if a map repeats rows.
+        kept: ||P_out dW_src P_in'||_F^2 over `energy`: the share of the update's energy that the maps keep; above 1 if
+            a map repeats rows.
         norm_before: ||dW_src||_F; `norm_after` is ||dW_tgt||_F as written, after re-ranking and calibration.
     """
 
@@ -85,7 +85,7 @@ class ModuleRow(Agreement, frozen=True):
 
     @classmethod
     def fitted(cls, target: str, role: str) -> ModuleRow:
-        """Account for a module that a fit updates, and no map leads to."""
+        """Return the row of a module that a fit updates and that no map feeds."""
         return cls(target, "", role, 0.0)
 
 
@@ -99,14 +99,14 @@ class UnmappedSource:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A change of the embedding or the output head of the target, which the maps carried or the method made.
+    """A change of the target's embedding or output head, which was moved or which the method made.
 
     Attributes:
         modules: the changed modules; both, if the source ties them.
         kind: the form it was read from, a key of `jcrosslora.adapter.records.CHANGES`.
-        rows: the number of rows (tokens) that it changes; the target has `moved` of them.
-        share: ||.||_F^2 of the change over that of the whole adapter; None if the method made it, as for `kept`.
-        kept: the share of the change's own ||.||_F^2 in the moved rows.
+        rows: the number of rows (tokens) that it changes; `moved` of them are moved.
+        share: share of ||.||_F^2 of the whole adapter that is in the change; None if the method made it.
+        kept: share of ||.||_F^2 of the change that is in the moved rows; None if the method made it.
     """
 
     modules: tuple[str, ...]
@@ -127,26 +127,26 @@ class TokenRow:
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """An update of the target, with an account of how it came about.
+    """An update of the target, with an account of how it was made.
 
-    A method that changes what the maps made returns `dataclasses.replace(plan.mapped, adapter=...)`, which keeps
-    the account of the maps.
+    A method that changes a mapped update returns `dataclasses.replace(plan.mapped, adapter=...)`, which keeps the
+    account of the maps.
 
     Attributes:
-        adapter: all of it is written, and nothing else. Its `info` is filled in by the transfer.
-        rows: the account of each module that the maps moved.
-        tokens: that of each change of the embedding and the output head.
+        adapter: the update, written as it is. The transfer fills in its `info`.
+        rows: an account of each module that the maps moved.
+        tokens: an account of each change of the embedding and the output head.
         unmapped: the source modules that feed no target module.
-        kernels: which kernels decomposed the matrices of both bases.
+        kernels: the kernels that decomposed the matrices of both bases.
         fit: the facts of a fit, `FitFacts()` if none are known; None without a fit. A fitted update uses the whole
             source adapter, so no source module counts as unmapped.
         added: description of what was added to the mapped update, one sentence without a full stop; None if nothing
             was.
-        curve: of a fit, completions used and the divergence from the teacher on held-out ones, as it went.
-        completions: that the source wrote for the fit.
-        wrote_prompts: whether the source wrote their prompts as well.
-        chat_template: Jinja source by which the target read conversations in the fit; None if it read none.
-        warnings: what the user has to know, one sentence each.
+        curve: points of the fit: completions used, and the divergence from the teacher on held-out ones in nats.
+        completions: the completions that the source wrote for the fit.
+        wrote_prompts: whether the source wrote their prompts too.
+        chat_template: Jinja source of the template for conversations in the fit; None if there were none.
+        warnings: one sentence each.
     """
 
     adapter: Adapter

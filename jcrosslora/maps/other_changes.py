@@ -1,8 +1,8 @@
 """Move changes of an adapter without maps: token rows, experts, and invocation tokens.
 
 A row of the embedding or the output head belongs to a token, and its entries to dimensions of the residual stream. So
-rows move only by methods that keep these dimensions or select some of them, and only for tokens that both bases have;
-the ids may differ.
+rows move only with methods that keep or select these dimensions, and only for tokens that both bases have. The ids of
+these tokens may differ.
 """
 
 import dataclasses
@@ -27,9 +27,10 @@ def carry_tokens(
 ) -> tuple[tuple[TokenUpdate, ...], tuple[TokenRow, ...], str]:
     """Move the changes of embedding and head to the target.
 
-    A replaced row becomes the target's row plus its change of the source's row: the same row, if both bases agree. The
-    changes come with a report row for each change of the adapter, and with "" or why nothing is moved. Raises
-    AdapterError if the changed tables differ in size from the source's, and CheckpointError if a weight cannot be read.
+    A replaced row becomes the target's row plus the change from the source's row; if both bases agree, it is the same
+    row. Returns the changes, a report row for each change of the adapter, and "" or the reason why nothing is moved.
+    Raises AdapterError if the changed tables differ in size from the source's, and CheckpointError if a weight cannot
+    be read.
     """
     source, target = pair
     ids_tgt, reason = target_ids(pair)
@@ -62,12 +63,11 @@ def carry_tokens(
 
 
 def target_ids(pair: BasePair) -> tuple[np.ndarray | None, str]:
-    """Find the target's id of every token of the source.
+    """Return the target's id of every source token, int64 (V_src,), -1 for none; or None and the reason.
 
     Normal tokens match if they stand for the same bytes, special tokens if they have the same name. If both
-    vocabularies are identical, ids without a token match as well. If the tokenizers contradict the embeddings, equal
-    ids match, whose rows are the same. Returns int64 (V_src,), -1 for tokens that the target does not have; or None
-    with the reason.
+    vocabularies are identical, ids without a token match too. If the tokenizers contradict the embeddings, equal ids
+    match, because their rows are the same.
     """
     source, target = pair
     size, src, tgt = source.dims.vocab, source.vocabulary(), target.vocabulary()
@@ -89,17 +89,17 @@ def target_ids(pair: BasePair) -> tuple[np.ndarray | None, str]:
     return found, ""
 
 
-# The change for the target, its number of rows on the source, how many of them move, and the energy of these.
+# The change for the target, the number of changed source rows, how many of them move, and the energy of the moved rows.
 _Carried = tuple[TokenUpdate, int, int, float]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _RowMap:
-    """Where the rows of embedding and head go.
+    """Moves rows of embedding and head to the target.
 
     Attributes:
-        ids: (V_src,), the target's id of each token, -1 for none.
-        stream: (D_tgt,), the source's dimension of each of the target's, -1 for none; None keeps all.
+        ids: (V_src,), the target's id of each source token, -1 for none.
+        stream: (D_tgt,), the source dimension for each target dimension, -1 for none; None keeps all.
     """
 
     pair: BasePair
@@ -138,15 +138,15 @@ class _RowMap:
         return carried, changed, len(found), energy
 
     def _columns(self, matrix: np.ndarray) -> np.ndarray:
-        """Select the target's columns (m, D_tgt) of a matrix (m, D_src); columns that the source lacks are zero."""
+        """Select the target's columns (m, D_tgt) from a matrix (m, D_src); columns that the source lacks are zero."""
         stream = self.stream
         return matrix if stream is None else np.where(stream >= 0, matrix[:, np.maximum(stream, 0)], 0)
 
 
 def carry_experts(adapter: Adapter, pair: BasePair, method: Method) -> tuple[tuple[ExpertUpdate, ...], tuple[str, ...]]:
-    """Give each target expert the update of the corresponding source expert, and list what was left out.
+    """Return the updates of target experts, each from the corresponding source expert, and notes on the outcome.
 
-    A method that selects layers takes updates from any layer; others only from the layer of the same number.
+    A method that selects layers takes updates from any layer, others only from the layer of the same number.
     """
     structure, reason = pair.structure
     selects = EvidenceKind.SELECTION in method.requires
@@ -170,7 +170,7 @@ def carry_experts(adapter: Adapter, pair: BasePair, method: Method) -> tuple[tup
 
 
 def _rescaled_experts(pair: BasePair, scales: ChannelScales, layer: LayerMap) -> dict[str, tuple[np.ndarray, ...]]:
-    """Return the scales of rows (E, O) and columns (E, I) of both matrices of the target's experts."""
+    """Return the scales of rows (E, O) and columns (E, I) of the target's experts, for each of their matrices."""
     assert layer.experts is not None
     found = [expert_scales(pair, scales, layer.layer, (max(src, 0), tgt)) for tgt, src in enumerate(layer.experts)]
     return {matrix: tuple(map(np.stack, zip(*(one[matrix] for one in found), strict=True))) for matrix in found[0]}
@@ -193,10 +193,10 @@ def _carried(
 
 
 def with_invocation(adapter: Adapter, source: BaseModel, target: BaseModel) -> Adapter:
-    """Return the adapter with its invocation, if it has one, in the tokens of the target.
+    """Return the adapter with its invocation, if any, translated to tokens of the target.
 
-    Raises AdapterError if one of the tokenizers does not reproduce the text of the invocation, and CheckpointError if
-    the tokenizer of a base cannot be read.
+    Raises AdapterError if a tokenizer does not reproduce the text of the invocation, and CheckpointError if the
+    tokenizer of a base cannot be read.
     """
     tokens = adapter.info.invocation
     if tokens is None or adapter.info.invocation_target is not None:
@@ -208,7 +208,8 @@ def with_invocation(adapter: Adapter, source: BaseModel, target: BaseModel) -> A
 def translate(tokens: Sequence[int], source: Tokenizer, target: Tokenizer, name: str) -> tuple[int, ...]:
     """Translate tokens of one tokenizer into tokens of another through their text.
 
-    Raises AdapterError if the source does not encode the text to the same tokens, or the target not to the same text.
+    Raises AdapterError if a token is not in the source's vocabulary, the source does not encode the text to the same
+    tokens, or the target's tokens do not decode to the same text.
     """
     if max(tokens) >= source.vocab:
         msg = f"{name}: its invocation has token {max(tokens)}, but the base {source.ref} has {source.vocab} tokens"
@@ -226,5 +227,5 @@ def translate(tokens: Sequence[int], source: Tokenizer, target: Tokenizer, name:
 
 
 def _text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """Decode tokens with special tokens, which invocations often consist of."""
+    """Decode tokens and keep special tokens, because invocations often consist of them."""
     return tokenizer.backend.decode(list(tokens), skip_special_tokens=False)

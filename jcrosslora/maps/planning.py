@@ -1,4 +1,4 @@
-"""Plan a transfer between two bases: check that it is possible, and get the text that it needs."""
+"""Plan a transfer between two bases: check that it is possible, and get the text for it."""
 
 import dataclasses
 from collections.abc import Collection
@@ -26,15 +26,15 @@ def plan_between(
     seed: int = 0,
     sources: Collection[str] | None = None,
 ) -> Plan:
-    """Check whether a method can move updates between two bases, and compute nothing else.
+    """Check that a method can move updates between two bases, and return a plan without an adapter.
 
-    `sources` are the source modules that an adapter has, whose pairs alone are aligned; None is all. `pair_modules`
-    explains `depth`. The plan has no adapter yet.
+    Only pairs with a source module in `sources` are aligned; None means all. `pair_modules` explains `depth`.
 
     Raises:
         MethodError: the method cannot be used on these bases.
-        PairingError: the modules cannot be paired as asked.
-        UsageError: the truncation rank is out of range, or the seed of a method that draws is not 0 to 2^32 - 1.
+        PairingError: the modules cannot be paired by this depth map.
+        UsageError: the truncation rank is out of range, the method finds another depth map itself, or it draws random
+            numbers and the seed is not 0 to 2^32 - 1.
     """
     stated = depth if isinstance(depth, str) else _shown(depth)
     plan = Plan(method, pair.target, Adapter({}), pair, depth=stated, seed=seed)
@@ -55,7 +55,7 @@ def plan_between(
 
 
 def plan_through(pair: BasePair, method: Method, transport: Transport) -> Plan:
-    """Plan transfers through maps that are made already. The plan has no adapter yet."""
+    """Return a plan without an adapter for transfers through maps that are made already."""
     recipe = transport.recipe
     return Plan(
         method,
@@ -71,12 +71,12 @@ def plan_through(pair: BasePair, method: Method, transport: Transport) -> Plan:
 
 
 def with_text(plan: Plan) -> Plan:
-    """Return the plan with the text that the method runs both bases on: the user's, or texts that the source writes.
+    """Return the plan with the text to run both bases on: the user's, or texts that the source writes.
 
     Completions are written later, with the adapter.
 
     Raises:
-        UsageError: no text has a position that matches.
+        UsageError: no text has a matching position.
         CheckpointError: a base or its tokenizer cannot be read.
     """
     method, probes = plan.method, plan.given
@@ -91,10 +91,10 @@ def with_text(plan: Plan) -> Plan:
 
 
 def _selected_layers(pair: BasePair, depth: Depth) -> tuple[int | None, ...]:
-    """Return the source layer of every target layer from the structure that two bases share.
+    """Return the source layer of every target layer, from the structure of the pair.
 
-    Raises MethodError if neither base consists of parts of the other, and UsageError if another depth map than this one
-    or the default was requested.
+    Raises MethodError if neither base consists of parts of the other, and UsageError if the requested depth map is
+    neither this one nor the default.
     """
     structure, reason = pair.structure
     if structure is None:
@@ -111,7 +111,7 @@ def _shown(layers: Depth) -> str:
 
 
 def _check_modules(plan: Plan) -> None:
-    """Raise MethodError if the method is not defined for a pair of modules."""
+    """Raise MethodError if the method is not defined for these modules."""
     method = plan.method.map_method
     if method is not None and method.equal_modules:
         _check_same_modules(plan)
@@ -134,7 +134,10 @@ def _check_same_modules(plan: Plan) -> None:
 
 
 def _checked_rank(plan: Plan) -> int:
-    """Return the truncation rank: the method's own, or its default if the modules are smaller; 0 without maps."""
+    """Return the truncation rank, 0 without maps; a default rank is lowered to the short side of the widest modules.
+
+    Raises UsageError if another rank is out of range.
+    """
     widest = max((min(*src, *tgt) for src, tgt in map(plan.shapes, plan.modules)), default=0)
     rank = getattr(plan.method, "svd_rank", DEFAULT_SVD_RANK)
     if widest == 0 or rank == getattr(type(plan.method), "svd_rank", DEFAULT_SVD_RANK):

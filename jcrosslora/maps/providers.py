@@ -1,7 +1,7 @@
-"""The evidence providers by kind, and the short ones: singular vectors, shared vocabulary, selected rows, keys.
+"""The evidence providers by kind, with the code of the short ones: all but the provider of activations.
 
-An alignment requests kinds of evidence and does not know the method. Truncated SVDs of a base are cached for all its
-pairs.
+An alignment requests kinds of evidence and does not know the method. Truncated SVDs of a base are cached, and reused
+for every pair with this base.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(TruncatedSVD))
 _KIND = "factors"
 # The arrays of one module's decomposition, and the kernel that computed it.
 _Row = tuple[dict[str, np.ndarray], str]
-# Hex digits of each half of a key: the first digests weights, rank and numerics, the second the names of the modules.
+# Hex digits of each half of a key: the first half digests weights, rank and numerics, the second the module names.
 _DIGITS = 32
 
 
@@ -42,11 +42,11 @@ class Provider:
 
     Attributes:
         collect: collects what all modules share, and returns a function that adds the evidence of a stack of modules.
-        reads_tokenizers: whether the evidence depends on the tokenizers as well as on the weights.
-        check: refuses a plan that cannot be done, before anything is computed.
-        cost: counts what takes time with a number of probe texts, including the maps that are made from the evidence.
-        cache_key: what the evidence depends on in addition to bases, rank and modules, as a JSON value; None if maps
-            made from it are computed as fast as they are read from a cache.
+        reads_tokenizers: whether the evidence depends on the tokenizers too, not only on the weights.
+        check: raises an error for a plan that cannot be carried out, before anything is computed.
+        cost: counts the work for a number of probe texts, including the maps that are made from the evidence.
+        cache_key: what the evidence depends on besides bases, rank and modules, as a JSON value; None if computing its
+            maps is as fast as reading them from a cache.
     """
 
     collect: Callable[[Plan], AddEvidence]
@@ -57,18 +57,18 @@ class Provider:
 
 
 def providers_of(kinds: Iterable[EvidenceKind]) -> list[Provider]:
-    """Return the providers of some kinds, in a fixed order. Kinds that a fit collects itself have no provider."""
+    """Return the providers of some kinds, in a fixed order; the kinds that have none are left out."""
     wanted = set(kinds)
     return [provider for kind, provider in PROVIDERS.items() if kind in wanted]
 
 
 def evidence_cost(plan: Plan, texts: int) -> Cost:
-    """Count the evidence of a plan with a number of probe texts."""
+    """Count the work for the evidence of a plan with a number of probe texts."""
     return sum((provider.cost(plan, texts) for provider in providers_of(plan.kinds)), Cost())
 
 
 def collect_singular_vectors(plan: Plan) -> AddEvidence:
-    """Return a function that decomposes a stack, or reads what the cache has."""
+    """Return a function that adds the SVDs of a stack, from the cache where it has them."""
     pair, vectors = plan.pair, plan.single_vectors
 
     def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
@@ -94,10 +94,10 @@ def singular_vectors_cost(plan: Plan, texts: int) -> Cost:
 
 
 class FactorCache:
-    """Decomposes modules of one base, or reads decompositions that this pair or another has cached.
+    """Decomposes modules of one base, or reads decompositions that any pair with this base has cached.
 
-    An entry holds the modules of one stack, and is found by the first half of its key for modules of any stack: their
-    factors are the same on a CPU, and equal to within rounding if an accelerator works on all matrices at once.
+    An entry holds the modules of one stack. The first half of its key finds it for modules of other stacks too: the
+    factors do not depend on the stack on a CPU, and only by rounding if an accelerator decomposes all matrices at once.
     """
 
     def __init__(self, store: Cache, base: BaseModel, weights: str, rank: int, *, vectors: bool) -> None:
@@ -126,7 +126,7 @@ class FactorCache:
     def _find(self, names: Sequence[str]) -> dict[str, _Row]:
         own = self._key(names)
         found: dict[str, _Row] = {}
-        # Try the entry of the same stack first: it makes reading others unnecessary.
+        # Try the entry of the same stack first: it makes the others unnecessary.
         for key in [own, *(key for key in self._store.keys(_KIND, self._scope) if key != own)]:
             facts = self._store.facts(_KIND, key)
             if facts is not None and set(facts["modules"]) & (set(names) - found.keys()):
@@ -161,9 +161,9 @@ def _rows(names: Sequence[str], arrays: Mapping[str, np.ndarray], kernels: Seque
 
 
 def _collect_vocabulary(plan: Plan) -> AddEvidence:
-    """Collect the moments of the shared vocabulary once for the pair; None if the bases share none.
+    """Collect the moments of the shared vocabulary once for the pair; None if the bases share no token.
 
-    Methods that use the vocabulary for the signs of singular vectors work without it.
+    Methods that use the vocabulary for the signs of singular vectors work without it too.
     """
     vocabulary = plan.pair.vocabulary[0] if plan.pair.shared_tokens[0] else None
     return lambda evidence, _: dataclasses.replace(evidence, vocabulary=vocabulary)
@@ -184,7 +184,7 @@ def _collect_keys(plan: Plan) -> AddEvidence:
 
 
 def _collect_selection(plan: Plan) -> AddEvidence:
-    """Read which rows and columns of the source each target module consists of from the structure of the pair."""
+    """Read from the pair's structure which source rows and columns each target module consists of."""
     structure, target = plan.pair.structure[0], plan.pair.target
     assert structure is not None  # checked when the alignment was planned
 
@@ -203,7 +203,7 @@ def _collect_selection(plan: Plan) -> AddEvidence:
 
 
 def _collect_channels(plan: Plan) -> AddEvidence:
-    """Read the scales of rows and columns; modules that are fed by another layer have ones."""
+    """Read the scales of rows and columns; modules whose source has another name get ones."""
     scales = plan.pair.channels or ChannelScales({}, {})
 
     def add(evidence: Evidence, stack: ModuleStack) -> Evidence:

@@ -1,4 +1,4 @@
-"""The record of a plan for reports: its settings with their outcomes, and what to know before any figure."""
+"""The record of a plan for reports: its settings with their outcomes, and warnings."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,7 +13,7 @@ from jcrosslora.relation.wording import OTHER_GAINS
 
 
 def source_info(plan: Plan) -> BaseInfo:
-    """Describe the source, as far as it is known."""
+    """Describe the source; of a queried source only name and reference are known."""
     if plan.queried is None:
         return describe_base(plan.pair.source)
     name, ref = plan.queried.name, plan.queried.ref
@@ -21,7 +21,7 @@ def source_info(plan: Plan) -> BaseInfo:
 
 
 def transport_of(plan: Plan, groups: tuple[TransportGroup, ...]) -> Transport:
-    """Put the groups of an alignment together with the record of how they were made."""
+    """Make a transport of the groups of an alignment and the record of how they were made."""
     return Transport(
         groups=groups,
         method=plan.method,
@@ -35,7 +35,7 @@ def transport_of(plan: Plan, groups: tuple[TransportGroup, ...]) -> Transport:
 
 
 def recipe_of(plan: Plan, kernels: Sequence[str] = ()) -> AlignRecipe:
-    """Return the settings with their outcomes; `kernels` are those that decomposed the matrices of all groups."""
+    """Return the settings with their outcomes; `kernels` decomposed the matrices of all groups."""
     requires = plan.method.requires
     anchors = EvidenceKind.SHARED_VOCABULARY in requires
     tokens = plan.pair.shared_tokens[0] if anchors else 0
@@ -57,7 +57,7 @@ def recipe_of(plan: Plan, kernels: Sequence[str] = ()) -> AlignRecipe:
 
 
 def warnings_of(plan: Plan) -> Iterator[str]:
-    """Yield warnings to read before any figure."""
+    """Yield the warnings that are known before anything is moved."""
     target = plan.target
     if plan.queried is None:
         yield from _warnings_of_source(plan, plan.pair.source)

@@ -1,4 +1,4 @@
-"""LoRA-Shift (arXiv 2508.05232, section 3): apply the maps to adapters, in the same way for all methods."""
+"""LoRA-Shift (arXiv 2508.05232, section 3): apply maps to adapters, the same for all methods."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +27,11 @@ from jcrosslora.relation.pairing import Pair
 
 @flax.struct.dataclass
 class ShiftedFactors:
-    """One module's moved factors, scale inside b, and its squared Frobenius norm on the way.
+    """One module's moved factors, with the scale inside b, and the update's squared Frobenius norm at each step.
 
     Attributes:
         a: (K', I_tgt), where `b` is (O_tgt, K').
-        before: (), ||dW_src||_F^2, which the maps turn into `mapped`, and calibration into `after`.
+        before: (), ||dW_src||_F^2. It is `mapped` after the maps, and `after` when calibration is done too.
     """
 
     a: jax.Array
@@ -44,9 +44,9 @@ class ShiftedFactors:
 def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors] | Any) -> dict[str, LoRAFactors]:
     """Move the factors of an adapter through the maps: B_tgt = P_out B and A_tgt = A P_in', term by term.
 
-    Pure and traceable: it works under `jax.jit`, `jax.vmap` (over adapters of equal ranks and scales whose factors are
-    stacked leaf by leaf) and `jax.grad`, with the transport as an argument or closed over. Only `shift`
-    runs the steps after the maps of some methods, and moves changes of the embedding and the output head.
+    Pure and traceable: it works under `jax.jit`, `jax.grad` and `jax.vmap` (over adapters of equal ranks and scales,
+    with factors stacked leaf by leaf), with the transport as an argument or closed over. Only `shift` runs the steps
+    that some methods do after the maps, and moves experts and changes of the embedding and the output head.
 
     Args:
         adapter: factors by module of the source base; fused matrices are split.
@@ -55,9 +55,9 @@ def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors] | A
         Factors by module of the target base, scale 1, of rank K for each term of the maps.
 
     Raises:
-        AdapterError: no module of the adapter feeds a module of the target, an update does not fit its module, or it is
-            a stack of adapters and the call is not vmapped.
-        MethodError: the method fits an update and has no maps.
+        AdapterError: no module of the adapter feeds a module of the target, an update does not fit its module, or a
+            stack of adapters is given without `jax.vmap`.
+        MethodError: the method has no maps, because it fits an update.
     """
     modules = fit_to_base(as_adapter(adapter), transport.source, every=False).modules
     method = transport.method.map_method
@@ -86,11 +86,11 @@ def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors] | A
 
 
 def checked_adapter(plan: Plan, profile: str) -> Adapter:
-    """Return the part of an adapter that the method, the profile of the output and the scale carry.
+    """Return the part of the plan's adapter that the method, the output profile and the scale allow to move.
 
     Raises:
-        AdapterError: the adapter does not fit the source base, or none of its updates can be moved.
-        UsageError: a scale that is zero or not finite, or a setting that the method has no use for.
+        AdapterError: no update of a linear layer or an expert can be moved, or the invocation is not translated yet.
+        UsageError: the scale is zero or not finite, the calibration is unknown, or the method uses neither.
     """
     adapter, method = plan.adapter, plan.method
     _check_settings(method, plan.calibrate, plan.scale)
@@ -108,7 +108,7 @@ def checked_adapter(plan: Plan, profile: str) -> Adapter:
 
 
 def _limits(plan: Plan, profile: str) -> Iterator[tuple[Carried, str]]:
-    """Yield what is carried at most, with the reason why the rest is not."""
+    """Yield the kinds of change that each limit lets move, with the reason why the rest does not."""
     method = plan.method
     if Carried.TOKENS in method.carries:
         yield carried_by(profile)
@@ -120,17 +120,17 @@ def _limits(plan: Plan, profile: str) -> Iterator[tuple[Carried, str]]:
 
 
 def map_adapter(plan: Plan) -> Moved:
-    """Return the adapter of a plan after the maps of its method, as `map_together` does."""
+    """Return the adapter of a plan after the maps of its method; see `map_together`."""
     return map_together([plan], plan)[0]
 
 
 def map_together(plans: Sequence[Plan], alignment: Plan) -> list[Moved]:
-    """Align the modules group by group, and move the adapters of all plans through each group before it is dropped.
+    """Align the modules group by group, and move the adapters of all plans through a group before it is dropped.
 
-    `alignment` is the plan of an alignment that all plans share, with its text.
+    `alignment` is the plan of the alignment that all plans share, with its text.
 
     Raises:
-        PairingError: no update of an adapter was moved.
+        PairingError: no update of one of the adapters was moved.
         CheckpointError: weights cannot be read or are not finite.
     """
     kernels, found = list[str](), [_Mapping(plan) for plan in plans]
@@ -149,7 +149,7 @@ class _Mapping:
         self.modules: dict[str, LoRAFactors] = {}
 
     def finish(self, kernels: tuple[str, ...]) -> Moved:
-        """Put the modules in the target's order, move experts and tokens, and close the account."""
+        """Put the modules in the target's order, move experts and token rows, and return all with their account."""
         plan, adapter = self.plan, self.adapter
         method, pair = plan.method, plan.pair
         experts, notes = (), ()
@@ -178,7 +178,7 @@ class _Mapping:
         )
 
     def take(self, pair: Pair, agreement: Mapping[str, Any], moved: ShiftedFactors) -> None:
-        """Keep the moved factors of a pair, as numpy arrays."""
+        """Keep the moved factors of a pair, times the plan's scale, and their row for the report."""
         scale = self.plan.scale
         b = moved.b if scale == 1 else moved.b * np.float32(scale)
         self.modules[pair.target] = LoRAFactors(a=moved.a, b=b)
@@ -197,7 +197,7 @@ class _Mapping:
 def _add_to_all(mappings: Sequence[_Mapping], group: TransportGroup) -> None:
     """Move the updates of several adapters for the pairs of a group, on the host.
 
-    The products are thin and of many shapes: numpy is done with them before XLA has compiled a program for them.
+    The products are thin and have many shapes: numpy finishes them before XLA could compile a program for each.
     """
     terms, agreement = jax.tree.map(np.asarray, (group.terms, group.agreement))
 
@@ -217,13 +217,13 @@ def _add_to_all(mappings: Sequence[_Mapping], group: TransportGroup) -> None:
 
 
 def _shift_factors(terms: Terms, a: Any, b: Any, *, keep_norm: bool) -> ShiftedFactors:
-    """Move a (K, I_src) and b (O_src, K) through every term, and put the terms next to each other (JAX or numpy)."""
+    """Move a (K, I_src) and b (O_src, K) through every term, and concatenate the results (JAX or numpy)."""
     xp, before = array_module(b), product_energy(b, a)
     b_tgt = xp.concatenate([p_out(b) for p_out, _ in terms], axis=1)
     a_tgt = xp.concatenate([p_in(a.T).T for _, p_in in terms], axis=0)
     mapped = after = product_energy(b_tgt, a_tgt)
     if keep_norm:
-        # Nothing can be restored if the map left nothing but rounding.
+        # The norm cannot be restored if the map left only rounding errors.
         alive = after > xp.finfo(after.dtype).eps ** 2 * before
         factor = xp.where(alive, xp.sqrt(before / xp.where(alive, after, 1)), 1)
         b_tgt, after = b_tgt * factor, after * factor**2

@@ -18,14 +18,14 @@ class AlignRecipe:
     """The settings that a transport was made with, and their outcome.
 
     Attributes:
-        method: name of the method, "module:Class" for one of a user's own.
+        method: name of the method, "module:Class" for a user's method.
         signs: how the joint signs of singular vectors were fixed: "vocabulary", "rule", or "not needed".
-        shared_tokens: how many tokens the vocabularies share, 0 if they were not used.
-        probes: the text that both bases were run on, "none" for methods that look at weights alone.
-        prompts: the file that it was read from, if any.
-        examples: the file that labelled examples were read from, if any, and `example_count` how many there were.
-        probe_count: how many texts the source base wrote, if it did.
-        svd: which kernels the SVDs of both bases are from, with the number of matrices; "not needed" without any.
+        shared_tokens: number of tokens that the vocabularies share, 0 if they were not used.
+        probes: description of the text that both bases were run on; "none" without text.
+        prompts: the file with this text, if any.
+        examples: the file with labelled examples, if any; `example_count` is their number.
+        probe_count: number of texts that the source base wrote; None if it wrote none.
+        svd: the kernels that computed the SVDs of both bases, with the number of matrices; "not needed" without SVDs.
     """
 
     method: str
@@ -44,7 +44,7 @@ class AlignRecipe:
 
 @dataclasses.dataclass(frozen=True)
 class OpenedBases:
-    """Both bases as they were opened. All compare equal: a program depends on what `BaseInfo` says of them alone."""
+    """Both opened bases. All instances compare equal, because a program depends only on their `BaseInfo`."""
 
     source: BaseModel = dataclasses.field(compare=False)
     target: BaseModel = dataclasses.field(compare=False)
@@ -52,14 +52,14 @@ class OpenedBases:
 
 @flax.struct.dataclass
 class Transport:
-    """All maps from one base to another. A pytree: it may be an argument of a function that is compiled.
+    """All maps from one base to another. A pytree, so it can be an argument of a compiled function.
 
-    Transports of one method between bases of equal digests share a program.
+    Transports of one method between bases of equal digests share a compiled program.
 
     Attributes:
-        groups: one for each combination of shapes (large ones are split to bound memory); all else is static.
+        groups: one for each combination of shapes (large ones are split to bound memory); the other fields are static.
         pairing: which module feeds which; None for a method that fits an update from zero.
-        bases: both bases as they were opened, for what follows the maps; None if they are gone.
+        bases: both opened bases, for the steps after the maps; None if they are not kept.
     """
 
     groups: tuple[TransportGroup, ...]
@@ -72,12 +72,12 @@ class Transport:
     warnings: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
     def __repr__(self) -> str:
-        """One line: method, bases and sizes."""
+        """Return one line: method, bases and number of modules."""
         modules = sum(len(group.pairs) for group in self.groups)
         return f"Transport({self.method.name}, {self.source.name} -> {self.target.name}, {modules} modules)"
 
     def _repr_html_(self) -> str:
-        """A table of the modules by role, for notebooks."""
+        """Return a table of the modules by role, for notebooks."""
         from jcrosslora.utils.texts import html_table
 
         counts = Counter(pair.role for group in self.groups for pair in group.pairs)

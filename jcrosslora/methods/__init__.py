@@ -1,7 +1,7 @@
-"""Transfer methods, one file a method with its variants; and the registry, which makes methods from names and settings.
+"""Transfer methods, one file per family, and the registry, which makes methods from names and settings.
 
-Methods are frozen dataclasses that hold their hyper-parameters. The maths of a method gets the `Evidence` of one pair
-of modules at a time; it knows nothing of files and models.
+Methods are frozen dataclasses that hold their hyper-parameters. `MapMethod.maps` gets the `Evidence` of one pair of
+modules at a time; it uses no files or models.
 """
 
 import dataclasses
@@ -64,16 +64,17 @@ MethodLike = str | Method | type[Method] | Auto
 
 
 def __dir__() -> list[str]:
-    """Return the public names: the methods, and what makes and registers them."""
+    """Return the public names: the methods, and the names for making and registering them."""
     made = [method.__name__ for method in METHODS.values() if method.__module__.startswith(__name__)]
     named = ("AUTO", "METHODS", "Auto", "FitFacts", "MapMethod", "Method", "Moved", "Plan", "register_method")
     return sorted([*made, *named])
 
 
 def register_method(method: type[M]) -> type[M]:
-    """Add a user's own method to the registry and return it, as a class decorator does.
+    """Add a user's method to the registry and return it; it can be used as a class decorator.
 
-    It is a frozen dataclass with a name and a default for every field, and has `maps` (a `MapMethod`) or `move`.
+    The class must be a frozen dataclass with a name and a default for every field, and have `maps` (a `MapMethod`) or
+    `move`.
 
     Raises:
         MethodError: the class does not meet these conditions, or another class has its name.
@@ -97,10 +98,10 @@ def register_method(method: type[M]) -> type[M]:
 
 
 def allow_module(name: str) -> None:
-    """Import a module of the user's own, also from the current folder, so that its methods can be named "module:Class".
+    """Import a user's module, also from the current folder, so that its methods can be named "module:Class".
 
-    The name is always one that the user typed, never one from a file, which may be somebody else's. Raises MethodError
-    if it does not exist, or cannot be imported.
+    Pass only names that the user typed, never names from a file, which may come from somebody else. Raises MethodError
+    if the module does not exist or cannot be imported.
     """
     here = os.getcwd()
     sys.path.insert(0, here)  # a console script does not search the current folder
@@ -116,7 +117,7 @@ def allow_module(name: str) -> None:
 def find_method(name: str) -> type[Method]:
     """Return the method called `name`, which may be "module:Class" of a module that has been imported.
 
-    Raises MethodError if `name` is not registered, its module has not been imported, or has no such class.
+    Raises MethodError if `name` is not registered, its module has not been imported, or the module has no such method.
     """
     module, _, own = name.partition(":")
     if own and module in sys.modules:
@@ -146,7 +147,7 @@ def make_method(method: MethodLike, settings: Mapping[str, Any] | None = None) -
         if strange := given.keys() - (known := setting_fields()).keys():
             msg = f"no method has a setting {min(strange)}{suggestion(min(strange), known)}; see jcrosslora.methods"
             raise UsageError(msg)
-        for name, value in given.items():  # by a method that has it, before the bases are looked at
+        for name, value in given.items():  # check it by a method that has it, before the bases are read
             METHODS[next(iter(known[name]))](**{name: value}).check()
         return Auto(**given)
     if isinstance(method, str):
@@ -154,12 +155,12 @@ def make_method(method: MethodLike, settings: Mapping[str, Any] | None = None) -
     if not isinstance(method, Method) and not (isinstance(method, type) and issubclass(method, Method)):
         raise MethodError(f"method {method!r} is neither a name nor a method; see jcrosslora.methods")
     made = method(**settings) if isinstance(method, type) else dataclasses.replace(method, **settings)
-    made.check()  # before anything slow
+    made.check()  # before slow work
     return made
 
 
 def make_chosen(name: str, auto: Auto) -> Method:
-    """Make the method that was chosen for `auto`, with those settings of `auto` that it has."""
+    """Make the method that was chosen for `auto`, with the settings of `auto` that it has."""
     method = find_method(name)
     known = {field.name for field in dataclasses.fields(method)}
     return method(**{key: value for key, value in auto.settings if key in known})
@@ -178,7 +179,7 @@ def hyper_types() -> dict[str, Any]:
     """Return the type of each hyper-parameter of all registered methods, by name."""
     first = {name: next(iter(by_method.items())) for name, by_method in setting_fields().items()}
     return {
-        # Text if the method's file postpones annotations.
+        # A type is text if the method's file postpones annotations.
         name: get_type_hints(METHODS[method])[name] if isinstance(field.type, str) else field.type
         for name, (method, field) in first.items()
     }

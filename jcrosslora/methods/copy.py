@@ -2,13 +2,12 @@
 
 If W_tgt = S_out W_src S_in' with S_out and S_in selecting rows, as for a pruned, permuted or layer-repeated target, the
 same selection applied to the adapted source gives dW_tgt = S_out dW_src S_in', exactly (`Select`). `PadTruncate` is
-a baseline of a public repository with the models of the Cross-LoRA paper.
+a baseline from a public repository that uses the models of the Cross-LoRA paper.
 
-Interpolated copy: the unchanged update, on weights between those of the two bases.
-
-Further training turned the source's weights into W_tgt = W_src + T. A copied update dW gives W_src + T + dW, which
-applies twice what T and dW have in common: the more alike the two trainings, the more it overshoots. So the adapter
-also subtracts a share of T, and the weights become W_src + (1 - share) T + dW.
+Interpolated copy adds the unchanged update to weights between the two bases. Further training turned the source's
+weights into W_tgt = W_src + T. A copied update dW gives W_src + T + dW, which applies what T and dW have in common
+twice: the more similar the two trainings are, the more it overshoots. So the adapter also subtracts a share of T, and
+the weights become W_src + (1 - share) T + dW.
 
 Compensated copy restores the quantisation error that the adapter was trained with. An adapter of a quantised base
 (QLoRA) was trained for the weights W_src + dW, so a copy on the target lacks E = W_src - W_tgt. E has full rank, but
@@ -16,14 +15,12 @@ the inputs X (N, I) of a module do not:
 
     dW_tgt = dW + U U' E,   U (O, R) the leading left singular vectors of E X'
 
-Of all updates of rank R, U U' E is nearest to E on these inputs (Eckart and Young). The inputs are the source's.
-
-Where a quantiser changed the scales of channels, W_src, dW and X are those of the rescaled source, see
-`relation.channels`.
+Of all updates of rank R, U U' E is nearest to E on these inputs (Eckart and Young). The inputs are the source's. If a
+quantiser changed the scales of channels, W_src, dW and X come from the rescaled source, see `relation.channels`.
 
 Sources: interpolation of the weights of a model and its fine-tuned version (WiSE-FT, arXiv 2109.01903); negated plan
 vectors (arXiv 2212.04089); low-rank reconstruction of quantisation errors, LQER (arXiv 2402.02446) and QERA (arXiv
-2410.06040), which repair a quantised base. Combining them with a copied adapter is this package's own.
+2410.06040), which repair a quantised base. This package combines them with a copied adapter.
 """
 
 from collections.abc import Callable, Mapping
@@ -79,7 +76,7 @@ class Copy(MapMethod):
     carries = Carried.LINEAR | Carried.TOKENS | Carried.EXPERTS
 
     def maps(self, evidence: Evidence) -> Maps:
-        """Return the scales of rows and columns by which the source's weight becomes the target's, usually all one."""
+        """Return the scales of rows and columns that turn the source's weight into the target's; usually all 1."""
         scales = evidence.channel_scales
         p_out, p_in = (select(jnp.arange(len(one)), one, len(one)) for one in (scales.rows, scales.columns))
         return Maps(((p_out, p_in),))
@@ -142,7 +139,7 @@ class InterpolatedCopy(Copy):
             raise UsageError(msg + "of the source)")
 
     def cost(self, plan: Plan) -> dict[str, Cost | None]:
-        """Count a decomposition of each of the target's modules."""
+        """Count a decomposition of each target module."""
         shapes = [module.shape for module in plan.target.modules.values()]
         return {"interpolate": Cost(decomposed=tuple((shape, min(plan.rank, *shape), False) for shape in shapes))}
 
@@ -173,7 +170,7 @@ class InterpolatedCopy(Copy):
         )
 
     def inputs(self, plan: Plan) -> Callable[[str], jax.Array] | None:
-        """Return what gives the inputs (N, I) of a module, by which its difference is truncated; None for none."""
+        """Return a function from a module's name to inputs (N, I) that guide its truncation; None for a plain SVD."""
         del plan
         return None
 
@@ -201,7 +198,7 @@ class CompensatedCopy(InterpolatedCopy):
         return {"collect inputs": inputs_cost(plan.text_count), **super().cost(plan)}
 
     def inputs(self, plan: Plan) -> Callable[[str], jax.Array]:
-        """Run the source over the texts."""
+        """Run the source over the texts, and return a function from a module's name to its inputs (N, I)."""
         from jcrosslora.maps.activations import input_rows
 
         return input_rows(plan.pair.source, plan.batches)
@@ -217,16 +214,16 @@ def interpolate_to_source(
 ) -> tuple[dict[str, LoRAFactors], float]:
     """Compute a share of the difference between the weights of the two bases, as a low-rank update of the target.
 
-    Each difference is truncated to the lowest rank that holds 99 % of its energy, and to `rank` at most. A merged LoRA
-    makes a difference of the LoRA's rank. Training of all weights makes one that no small rank may hold. With `inputs`
-    each is truncated to `rank` by what it does on the inputs (N, I) of its module.
+    Each difference is truncated to the lowest rank that holds 99 % of its energy, and to `rank` at most. If the bases
+    differ by a merged LoRA, that is the LoRA's rank; if all weights were trained, no small rank may hold it. With
+    `inputs` each is truncated to `rank` by its effect on the inputs (N, I) of its module.
 
     The share goes from 0 (target) to 1 (source). W_src and the inputs have the scales of the target's channels, see
-    `relation.channels`.
+    `relation.channels`. Both bases must have the same modules.
 
-    Returns share (W_src - W_tgt) of each module, truncated, without modules of equal weights; and the share of all
-    modules' ||W_src - W_tgt||_F^2, or of what it writes on inputs, that the ranks hold, 1 if nothing differs. Raises
-    CheckpointError if a weight cannot be read or is not finite. Both bases have the same modules.
+    Returns share * (W_src - W_tgt) of each module, truncated, without modules of equal weights; and the part of the
+    total energy that the ranks hold, 1 if nothing differs. The energy is ||W_src - W_tgt||_F^2, or with `inputs` that
+    of the outputs. Raises CheckpointError if a weight cannot be read or is not finite.
     """
     shapes = {name: module.shape for name, module in target.modules.items()}
     modules: dict[str, LoRAFactors] = {}
@@ -244,7 +241,7 @@ def interpolate_to_source(
 
 
 def _sum(target: BaseModel, mapped: Adapter, added: Mapping[str, LoRAFactors]) -> Adapter:
-    # Add fused matrices whole, so that parts with a common A keep sharing it; added separately, each would copy A.
+    # Add fused matrices as a whole, so that their parts go on sharing A; added separately, each part would copy A.
     terms = [fuse(part, target.fused) for part in (mapped.modules, added)]
     whole = {name: add_factors(name, [part[name] for part in terms if name in part]) for name in terms[0] | terms[1]}
     parts = split_fused(Adapter(whole), target.fused).modules

@@ -120,8 +120,8 @@ class Random(MapMethod):
         return Maps(((_random(out_key, o_src, o_tgt, evidence.rank), _random(in_key, i_src, i_tgt, evidence.rank)),))
 
 
-# Pairs of vectors up to this distance from the diagonal estimate chance: near in the spectrum, they have a similar size
-# in the vocabulary, but they are different vectors.
+# Pairs (i, j) up to this distance from the diagonal estimate chance: they are different vectors, but close in the
+# spectrum, so that their size in the vocabulary is similar.
 NEIGHBOURS = 8
 
 
@@ -136,8 +136,8 @@ def joint_signs(evidence: Evidence) -> tuple[jax.Array, jax.Array]:
     Without a shared vocabulary: the entry of largest magnitude of the vector on the stream's side is made positive in
     each base. This depends on the basis and does not make two bases agree; it only makes the result reproducible.
 
-    d comes with the ratio () of the mean squared correlation of the pairs (i, i) to that of the pairs (i, j) nearby
-    (1 is chance; NaN without a vocabulary).
+    Returns d, and the ratio () of the mean squared correlation of the pairs (i, i) to the mean of nearby pairs (i, j);
+    1 is chance, NaN without a vocabulary.
     """
     xp = array_module(evidence.singular_vectors_src.u)
     if evidence.vocabulary is None:
@@ -183,6 +183,6 @@ def _random(key: jax.Array, size_src: int, size_tgt: int, rank: int) -> LinearMa
 
 
 def _orthonormal(key: jax.Array, size: int, rank: int) -> jax.Array:
-    """Draw (size, rank) with orthonormal columns uniformly: QR of a normal matrix, signs of R's diagonal undone."""
+    """Draw a uniformly random (size, rank) with orthonormal columns: QR of a normal matrix, R's diagonal positive."""
     q, r = jnp.linalg.qr(jax.random.normal(key, (size, rank)))
     return q * jnp.where(jnp.diagonal(r) >= 0, 1.0, -1.0)

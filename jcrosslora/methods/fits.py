@@ -24,7 +24,7 @@ class Distill(DistillSettings, Method):
     requires = frozenset({EvidenceKind.COMPLETIONS})
 
     def cost(self, plan: Plan) -> dict[str, Cost | None]:
-        """Count the written completions and the fit; with a budget, the fit to the first completions."""
+        """Count the work of writing completions and of the fit; with a budget, only the first completions count."""
         from jcrosslora.distill.completions import completions_cost
         from jcrosslora.distill.fit import fit_cost
 
@@ -39,7 +39,7 @@ class Distill(DistillSettings, Method):
         return {"write completions": written, "fit": fit}
 
     def memory(self, target: BaseModel, free: int | None) -> int:
-        """Count predictions, activations and factors."""
+        """Return the bytes of predictions, activations and factors."""
         from jcrosslora.distill.batches import peak_bytes
 
         return peak_bytes(target, self, free)
@@ -47,7 +47,7 @@ class Distill(DistillSettings, Method):
     def move(self, plan: Plan) -> Moved:
         """Let the source write completions with its adapter, and fit an update of the target to them.
 
-        The fit starts from the mapped update, if there is one, whose other changes stay as they are.
+        If there is a mapped update, the fit starts from its linear layers, and its other changes stay as they are.
         """
         from jcrosslora.distill.run import distill
 

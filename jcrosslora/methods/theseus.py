@@ -38,7 +38,7 @@ class Theseus(MapMethod):
     """Exponent of the partial whitening, from 0 (none) to 0.5 (full). Above 0 it takes three times the memory."""
 
     def check(self) -> None:
-        """Refuse an exponent outside 0 to 0.5."""
+        """Raise UsageError for an exponent outside 0 to 0.5."""
         if not 0 <= self.whitening <= _MOST_WHITENING:
             raise UsageError(
                 f"whitening {self.whitening} is out of range; expected 0 (none) to {_MOST_WHITENING} (full)"
@@ -46,7 +46,7 @@ class Theseus(MapMethod):
 
     @property
     def requires(self) -> frozenset[EvidenceKind]:  # type: ignore[override]
-        """Return activations, and their second moments if they are whitened."""
+        """Require activations, and their second moments for whitening."""
         grams = {EvidenceKind.ACTIVATION_GRAMS} if self.whitening else set()
         return frozenset({EvidenceKind.ACTIVATIONS} | grams)
 
