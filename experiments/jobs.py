@@ -143,8 +143,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             )
             name = f"{task}-{seed}" if arguments.loss == "answers" else f"{task}-{seed}-{arguments.loss}"
             source, oracle = work / f"{name}-source", work / f"{task}-{seed}-target"
-            loss = dataclasses.replace(settings, loss=arguments.loss)
-            train(arguments.source, known[:-HELD_BACK], loss, source)
+            train(arguments.source, known[:-HELD_BACK], dataclasses.replace(settings, loss=arguments.loss), source)
             train(arguments.target, known[:-HELD_BACK], settings, oracle)
             rows: list[tuple[str, int, Path, float]] = []
             wanted = [(method, count) for method in arguments.method for count in arguments.prompts]
@@ -169,12 +168,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
                 line = ResultLine(
                     source=source_name,
                     target=target.name,
-                    task=task,
+                    task=task if arguments.loss == "answers" else f"{task}, loss on {arguments.loss}",
                     split=arguments.split,
                     examples=len(part),
                     seed=seed,
                     training_steps=arguments.steps,
-                    loss=arguments.loss,
                     method=method,
                     prompts=count,
                     figures=figures,

@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--judged", type=int, default=200)
-    parser.add_argument("--rows", nargs="+", default=[], help="those that are expected; all if not given")
+    parser.add_argument("--rows", nargs="+", default=[], help="rows to make; all if not given")
     parser.add_argument("--other", nargs="+", default=[], help="adapters of the target that are judged as well")
     return parser.parse_args()
 

@@ -70,13 +70,11 @@ class ResultLine(MadeLine, kw_only=True):
     Attributes:
         examples: how many were answered.
         method: with its settings, as `METHOD` or `METHOD:KEY=VALUE,...`.
-        loss: tokens in the training loss of the source's adapter, "answers" or "all".
         figures: by name, such as `nll_per_char`.
     """
 
     examples: int
     method: str
-    loss: str = "answers"
     figures: dict[str, Figure]
 
 

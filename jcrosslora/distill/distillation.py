@@ -143,7 +143,7 @@ class Distillation:
             ends=self.course.end != "never",
         )
 
-    def choose_symbols(self, data: Data, completions: Completions) -> OutputColumns:
+    def choose_columns(self, data: Data, completions: Completions) -> OutputColumns:
         """Find the tokens on which predictions are compared."""
         read = [*data.fitted, *data.judged, *data.answers]
         ends, rounded = self._ends(completions), isinstance(self.source, DecoderSource)

@@ -236,16 +236,16 @@ class Fit:
         """Continue from the newest saved state, if there is one."""
         self._state, notes = states.restore(self._state)
         if notes:
-            self._rounds, self._new_completions, self._own = notes["rounds"], notes["new_completions"], notes["own"]
+            self._rounds, self._new_completions, self._own = notes["rounds"], notes["anew"], notes["own"]
             self._used = notes["used"]
-            self._curve = [EvalPoint(*point) for point in notes["curve"]]
+            self._curve = [EvalPoint(*point) for point in notes["looks"]]
             self._begun, self._seen = time.monotonic() - notes["seconds"], notes["seen"]
 
     def _save(self, states: FitStates) -> None:
         curve = [astuple(point) for point in self._curve]
-        progress = {"rounds": self._rounds, "new_completions": self._new_completions, "own": self._own}
+        progress = {"rounds": self._rounds, "anew": self._new_completions, "own": self._own}
         progress |= {"used": self._used, "seen": self._seen}
-        states.save(self._state, {**progress, "seconds": self._seconds(), "curve": curve})
+        states.save(self._state, {**progress, "seconds": self._seconds(), "looks": curve})
 
     def _seconds(self) -> float:
         return time.monotonic() - self._begun

@@ -112,7 +112,7 @@ def distill(
     work = Distillation(source, target, model, settings, prompts, examples, seed, clock)
     completions, warnings = work.teach_ends_if_needed(work.write_completions(shared))
     data = work.split(completions)
-    columns = work.choose_symbols(data, completions)
+    columns = work.choose_columns(data, completions)
     fit = work.make_fit(data, columns, completions, stacked_start)
     with work.open_states(states, start) as kept:
         fitted = fit.run(data.fitted, partial(work.write_round, completions, data.held_out), kept)

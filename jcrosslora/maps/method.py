@@ -62,7 +62,7 @@ class Plan:
         probe_count: number of texts that the source writes if text is needed and none is given.
         groups: the maps, if they are made already.
         reason: why `auto` chose the method; None if the user named it.
-        doubts: signs that the adapter was not trained on this source, one sentence each.
+        mismatch_warnings: signs that the adapter was not trained on this source, one sentence each.
         shared: results that hold for all adapters of the pair; a method may add some.
         states: folder where a long fit saves its states, to continue after a stop; None saves none.
         loaded: gives the weights of both bases, divided over devices if they do not fit one; None if the bases are not
@@ -262,7 +262,7 @@ class Method(Settings):
 
     @property
     def map_method(self) -> MapMethod | None:
-        """The map method that makes `plan.mapped`; for a map method itself, None if nothing is mapped."""
+        """The map method that makes `plan.mapped`, for a map method itself; None if nothing is mapped."""
         return None
 
     @property

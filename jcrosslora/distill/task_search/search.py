@@ -108,7 +108,7 @@ def find_task(prober: AdapterProber, writer: Writer, pilot: Sequence[Completion]
     """Find out what an adapter is for.
 
     Args:
-        questioner: asks the adapter; its bar advances by about as many texts as `search_cost` counts.
+        prober: asks the adapter; its bar advances by about as many texts as `search_cost` counts.
         pilot: answers to prompts that the source wrote in templates that the adapter knows; the search is measured
             against those in the templates of its requests, if there are any.
         count: texts of each step.
