@@ -262,7 +262,7 @@ class Method(Settings):
 
     @property
     def map_method(self) -> MapMethod | None:
-        """The map method that makes `plan.mapped`, for a map method itself; None if nothing is mapped."""
+        """Return the map method that makes `plan.mapped`, or None if nothing is mapped; a map method returns itself."""
         return None
 
     @property
